@@ -1,0 +1,1 @@
+"""The mathematics of flows: paths, conversions, times, couplings and losses; no loops."""
