@@ -131,14 +131,17 @@ class GaussianMixtureFlow:
         return drift.to(x.dtype).reshape(x.shape)
 
     def log_density(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """(B,) log-density at x of x_t, a mixture of N(t m_k, var_k(t) I); its gradient is the score."""
+        """(B,) log-density of x_t at x, a mixture of N(t m_k, var_k(t) I).
+
+        Its gradient in x is the score.
+        """
         _, _, _, _, log_joint = self._terms(x, t)
         return torch.logsumexp(log_joint, dim=1) - 0.5 * self.dimension * math.log(2 * math.pi)
 
     def sample_labels(
         self, n: int, *, seed: int, offset: int = 0, device: torch.device | str | None = None
     ) -> Tensor:
-        """(n,) int64 components drawn with the mixture weights, the same for the same seed, offset."""
+        """(n,) int64 components drawn with the mixture weights, a function of seed and offset."""
         uniform = rand(n, seed=derive_seed(seed, "component"), offset=offset).double()
         edges = self.weights.cpu().cumsum(0)[:-1]
         return torch.searchsorted(edges, uniform, right=True).to(device)
@@ -173,7 +176,7 @@ class GaussianMixtureFlow:
         return (centre + width * noise).to(device, dtype)
 
     def _terms(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x (B, D), t (B or 1, 1), m (K, D), var (B or 1, K), log w_k N(x; t m_k, var_k) + constant."""
+        """x (B, D), t (B|1, 1), m (K, D), var (B|1, K), log w_k N(x; t m_k, var_k) + constant."""
         if not x.is_floating_point():
             raise TypeError(f"GaussianMixtureFlow: x must be floating point; got {x.dtype}")
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.dimension:
