@@ -1,0 +1,145 @@
+"""Which backend serves a call, and the guards that decide whether a call may take the short way.
+
+A public function validates its arguments and then takes one of three routes:
+
+* *direct*: plain tensors, nothing watching. The backend's function is called at once.
+* *op*: torch.compile, fake tensors, dispatch modes, subclasses, or a gradient is needed. The call goes through
+  ``torch.ops.rfkernels`` (``_registry.py``), which ends in the same backend function.
+* *composite*: vmap, torch.func or forward-mode differentiation is active, or a scalar tensor requires grad. The reference
+  formulas run as plain torch code, which every transform understands, with the same bits for elementwise ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+
+from rfkernels._errors import BackendUnavailableError
+
+OPS = ("ode_step", "interpolate", "flow_loss", "random")
+BACKENDS = ("native", "triton", "reference")  # in the order of preference
+
+_forced: ContextVar[str | None] = ContextVar("rfkernels_backend", default=None)
+_modules: dict[tuple[str, str], ModuleType] = {}
+
+_peek_functorch = torch._C._functorch.peek_interpreter_stack
+_mode_depth = torch._C._len_torch_dispatch_stack
+_function_mode_depth = torch._C._len_torch_function_stack
+_increment_version = torch._C._increment_version
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def transforms_active() -> bool:
+    """True under vmap, torch.func transforms or a forward-mode level; only torch code may run then."""
+    return _peek_functorch() is not None or forward_ad._current_level >= 0
+
+
+def direct_allowed(*tensors: object) -> bool:
+    """True when nothing but the numbers of the given tensors (or None, floats, ints) matters to the call."""
+    if _mode_depth() or _function_mode_depth() or torch.compiler.is_compiling():
+        return False
+    needs_grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and (
+            type(tensor) not in _PLAIN
+            or (needs_grad and tensor.requires_grad)
+            or tensor.is_neg()
+            or tensor.layout is not torch.strided
+            or tensor.is_meta
+        ):
+            return False
+    return True
+
+
+def mark_written(*outputs: object) -> None:
+    """Tell autograd that the given tensors were written in place, so that a backward through an old value fails."""
+    for out in outputs:
+        if isinstance(out, torch.Tensor) and not out.is_inference():
+            _increment_version((out,))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for the calls inside: ``"native"``, ``"triton"``, ``"reference"``, or ``"auto"`` to undo.
+
+    A forced backend that cannot serve a call raises ``BackendUnavailableError``; nothing falls back silently.
+
+    Example:
+        >>> with rf.use_backend("reference"):
+        ...     rf.euler_step(x, v, 0.1)
+    """
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, auto; got {name!r}")
+    token = _forced.set(None if name == "auto" else name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend forced by ``use_backend``, or None."""
+    return _forced.get()
+
+
+def _module(backend: str, op: str) -> ModuleType:
+    key = (backend, op)
+    if key not in _modules:
+        _modules[key] = importlib.import_module(f"rfkernels.backends.{backend}.{op}")
+    return _modules[key]
+
+
+def unavailable_reason(backend: str, device_type: str) -> str | None:
+    """Why the backend serves no op on that device type here, as a sentence; None when it does."""
+    if backend == "reference":
+        return None
+    return importlib.import_module(f"rfkernels.backends.{backend}").unavailable_reason(device_type)
+
+
+def backend(op: str, tensor: torch.Tensor) -> ModuleType:
+    """The module that serves ``op`` for a call on ``tensor``'s device."""
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    forced = _forced.get()
+    if forced is not None:
+        reason = unavailable_reason(forced, device_type)
+        if reason is not None:
+            raise BackendUnavailableError(f"{op}: backend {forced!r} cannot serve tensors on {device_type}: {reason}")
+        return _module(forced, op)
+    for name in BACKENDS:
+        # On the CPU, Triton means its interpreter: only by force.
+        if (name != "triton" or device_type == "cuda") and unavailable_reason(name, device_type) is None:
+            return _module(name, op)
+    raise BackendUnavailableError(f"{op}: no backend serves {device_type}")  # reference always does
+
+
+def available_backends(op: str | None = None) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
+    """Backends that can serve an op on this machine, best first; without ``op``, a dict over all ops.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    if op is None:
+        return {name: available_backends(name) for name in OPS}
+    if op not in OPS:
+        raise ValueError(f"available_backends: op must be one of {', '.join(OPS)}; got {op!r}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return tuple(b for b in BACKENDS if any(unavailable_reason(b, d) is None for d in devices))
+
+
+def backend_table() -> list[dict[str, object]]:
+    """The op x backend x device table that ``rfkernels doctor`` prints: op, backend, device, available, reason."""
+    rows: list[dict[str, object]] = []
+    for op in OPS:
+        for name, device in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"), ("reference", "any")):
+            reason = unavailable_reason(name, device)
+            rows.append(
+                {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason or ""}
+            )
+    return rows

@@ -1,0 +1,1 @@
+"""One package per backend; every op is a module of the same name in each of them."""

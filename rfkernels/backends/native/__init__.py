@@ -1,0 +1,26 @@
+"""The compiled extension ``rfkernels._C``: CPU kernels for every instruction set level, and CUDA where it was built in."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from rfkernels import _C
+except ImportError as error:  # a checkout that was never built, or a broken installation
+    _C = None
+    _import_error = str(error)
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """Why the native kernels do not serve tensors of that device type here; None when they do."""
+    if _C is None:
+        return f"the compiled extension rfkernels._C cannot be imported ({_import_error}); install with `pip install .`"
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"there are no native kernels for {device_type}; the reference serves it"
+    if not _C.has_cuda():
+        return "this build has no CUDA kernels; rebuild with nvcc on the path and RFK_CUDA=ON"
+    if not torch.cuda.is_available():
+        return f"no CUDA device is visible to torch {torch.__version__}; the kernels are compiled, not run"
+    return None
