@@ -199,13 +199,14 @@ class Mode(TimeDistribution):
         return 1 / (1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * self._cdf(t))))
 
     def _cdf(self, t: Tensor) -> Tensor:
-        low, high = torch.zeros_like(t), torch.ones_like(t)
-        for _ in range(54):  # bisection to the spacing of float64 numbers below 1
+        # Bisection on the half next to 0, where float64 resolves the flat end of scale = -1.
+        target = torch.minimum(t, 1 - t)
+        low, high = torch.zeros_like(t), torch.full_like(t, 0.5)
+        for _ in range(54):
             middle = (low + high) / 2
-            below = self._quantile(middle) < t
+            below = self._quantile(middle) < target
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        # Each half keeps its own end exact: 0 at t = 0, 1 at t = 1.
-        return torch.where(t.isnan(), t, torch.where(t < 0.5, low, high))
+        return torch.where(t.isnan(), t, torch.where(t < 0.5, low, 1 - low))
 
 
 @dataclass(frozen=True)
