@@ -1,0 +1,148 @@
+"""What the training loop reads: a sized set of samples held in memory, or an endless stream keyed
+by sample index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from rfkernels.ops.random import derive_seed, rand
+
+__all__ = ["Data", "Dataset", "Rows", "as_dataset", "epoch_order", "split"]
+
+
+class Rows(NamedTuple):
+    """Some samples: x (B, *sample_shape), labels (B, ...) or None."""
+
+    x: torch.Tensor
+    labels: torch.Tensor | None
+
+
+class Data(Protocol):
+    """A source of samples. `size` is None for an endless stream, whose every int64 index is a
+    sample of its own."""
+
+    name: str
+    size: int | None
+    sample_shape: tuple[int, ...]
+    has_labels: bool
+
+    def rows(self, index: torch.Tensor) -> Rows:
+        """The samples with these indices, int64 (B,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples in memory.
+
+    Attributes:
+        x: (N, *sample_shape) float32; images lie in [-1, 1].
+        labels: None, int64 class labels (N,), or float condition vectors (N, C).
+        name: what metrics and run folders call it.
+    """
+
+    x: torch.Tensor
+    labels: torch.Tensor | None = None
+    name: str = "tensor"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.x, torch.Tensor):
+            raise TypeError(f"x: must be a tensor; got {type(self.x).__name__}")
+        if not self.x.is_floating_point():
+            raise TypeError(f"x: must be a floating point tensor; got {self.x.dtype}")
+        if self.x.dim() < 2 or len(self.x) == 0 or self.x[0].numel() == 0:
+            raise ValueError(
+                f"x: must have the shape (N, ...) with at least one sample; got {tuple(self.x.shape)}"
+            )
+        if self.labels is not None:
+            if not isinstance(self.labels, torch.Tensor):
+                raise TypeError(
+                    f"labels: must be a tensor or None; got {type(self.labels).__name__}"
+                )
+            if self.labels.dim() == 0 or len(self.labels) != len(self.x):
+                raise ValueError(
+                    f"labels: must have one row per sample, {len(self.x)}; got {tuple(self.labels.shape)}"
+                )
+
+    @property
+    def size(self) -> int:
+        return len(self.x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    @property
+    def has_labels(self) -> bool:
+        return self.labels is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """One more than the greatest class label; None without integer labels."""
+        if self.labels is None or self.labels.is_floating_point():
+            return None
+        return int(self.labels.max()) + 1
+
+    def rows(self, index: torch.Tensor) -> Rows:
+        return Rows(self.x[index], None if self.labels is None else self.labels[index])
+
+    def take(self, index: torch.Tensor) -> Dataset:
+        """The data set of these rows."""
+        rows = self.rows(index)
+        return Dataset(rows.x, rows.labels, self.name)
+
+
+def as_dataset(data: Data | torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Data:
+    """Accepts a data set, a tensor of samples, or a pair (samples, labels)."""
+    if isinstance(data, torch.Tensor):
+        return Dataset(data)
+    if isinstance(data, tuple) and len(data) == 2:
+        return Dataset(*data)
+    if not all(
+        hasattr(data, field) for field in ("rows", "size", "sample_shape", "has_labels", "name")
+    ):
+        raise TypeError(
+            "data: must be a data set of rfkernels.data, a tensor, or a pair (samples, labels); "
+            f"got {type(data).__name__}"
+        )
+    return data
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> torch.Tensor:
+    """A permutation of 0..size-1, int64, that is a function of (seed, epoch) alone.
+
+    Sorting 48-bit keys rather than one 24-bit uniform keeps ties, which would favour low indices,
+    out of big sets.
+    """
+    draws = (rand(2 * size, seed=seed, offset=epoch) * 2.0**24).to(torch.int64)
+    return torch.argsort((draws[:size] << 24) | draws[size:], stable=True)
+
+
+def split(data: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:
+    """(training part, held-out part): `fraction` of the samples, drawn by (seed, "holdout"), are
+    held out.
+
+    The training loop makes the same split from its own seed, so an evaluation can find the samples
+    it never saw.
+
+    Args:
+        data: a data set in memory.
+        fraction: in [0, 1); 0 gives None for the held-out part, anything more holds out one sample
+            at least.
+        seed: the run's seed.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"fraction: must be in [0, 1); got {fraction}")
+    if fraction == 0.0:
+        return data, None
+    count = max(1, round(data.size * fraction))
+    if count >= data.size:
+        raise ValueError(f"fraction: {fraction} of {data.size} samples leaves none to train on")
+    order = epoch_order(data.size, seed=derive_seed(seed, "holdout"), epoch=0)
+    # Sorted, so that the training part keeps the order of the data set.
+    return data.take(order[count:].sort().values), data.take(order[:count].sort().values)

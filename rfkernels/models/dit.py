@@ -1,0 +1,161 @@
+"""A small diffusion transformer (DiT with adaLN-zero; Peebles and Xie, 2023) as a velocity field
+for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rfkernels.models.embeddings import TimeFeatures, condition_embedding, refuse_condition
+
+__all__ = ["DiT"]
+
+
+def _grid_code(width: int, rows: int, columns: int) -> torch.Tensor:
+    """Fixed sine-cosine code of a 2-D patch grid: (rows * columns, width); one half codes the row,
+    one the column."""
+    quarter = width // 4
+    frequency = torch.exp(-torch.arange(quarter) / quarter * torch.log(torch.tensor(10_000.0)))
+    row = torch.arange(rows).repeat_interleave(columns)[:, None] * frequency
+    column = torch.arange(columns).repeat(rows)[:, None] * frequency
+    return torch.cat((row.sin(), row.cos(), column.sin(), column.cos()), dim=1)
+
+
+def _modulated(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """LayerNorm without weights, then the sample's own scale and shift; h (B, S, D), shift and
+    scale (B, D)."""
+    return F.layer_norm(h, h.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+
+
+class _Block(nn.Module):
+    """Attention and MLP, each between an adaptive norm and a gate; the gates start at zero
+    (adaLN-zero)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        inner = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(dropout),
+            nn.Linear(inner, width),
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(code).chunk(6, dim=1)
+        batch, length, width = h.shape
+        qkv = self.qkv(_modulated(h, shift_a, scale_a))
+        q, k, v = qkv.reshape(batch, length, 3, self.heads, width // self.heads).permute(
+            2, 0, 3, 1, 4
+        )
+        attended = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0
+        )
+        h = h + gate_a[:, None] * self.merge(attended.transpose(1, 2).reshape(batch, length, width))
+        return h + gate_m[:, None] * self.mlp(_modulated(h, shift_m, scale_m))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: velocity(x, t, y=None) for images x of shape (B, C, H, W).
+
+    Args:
+        sample_shape: (C, H, W); H and W must be multiples of `patch`.
+        patch: side of a square patch.
+        width: features of a token; a multiple of 4 and of `heads`.
+        depth: transformer blocks.
+        heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `width`.
+        num_classes: class labels 0..num_classes-1, num_classes being the null label; or
+        condition_dim: size of a condition vector, zero being the null condition; or neither.
+        dropout: in attention and MLP.
+
+    `forward(x, t, y=None)`: t (B,) in [0, 1] (0 = source, 1 = data); y (B,) int64 or (B,
+    condition_dim).
+    """
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        patch: int = 2,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = None,
+        condition_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.sample_shape = tuple(int(n) for n in sample_shape)
+        if len(self.sample_shape) != 3:
+            raise ValueError(
+                f"sample_shape: DiT takes (channels, height, width); got {self.sample_shape}"
+            )
+        channels, height, column = self.sample_shape
+        if height % patch or column % patch:
+            raise ValueError(f"patch: must divide height {height} and width {column}; got {patch}")
+        if width % heads or width % 4:
+            raise ValueError(f"width: must be a multiple of 4 and of heads ({heads}); got {width}")
+        self.options = {
+            "sample_shape": list(self.sample_shape),
+            "patch": patch,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "num_classes": num_classes,
+            "condition_dim": condition_dim,
+            "dropout": dropout,
+        }
+        self.patch, self.grid = patch, (height // patch, column // patch)
+        self.features = TimeFeatures(64)
+        self.time = nn.Sequential(
+            nn.Linear(self.features.size, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.condition = condition_embedding(width, num_classes, condition_dim)
+        self.null_label = None if self.condition is None else self.condition.null_label
+        self.enter = nn.Linear(channels * patch * patch, width)
+        self.register_buffer("place", _grid_code(width, *self.grid), persistent=False)
+        self.blocks = nn.ModuleList(_Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.leave = nn.Linear(width, channels * patch * patch)
+        for layer in (self.modulation, self.leave):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        code = self.time(self.features(t))
+        if self.condition is not None:
+            code = code + self.condition(y, x.shape[0], x.device)
+        else:
+            refuse_condition(y, "this DiT")
+        code = F.silu(code)
+        h = self.enter(self._patches(x)) + self.place
+        for block in self.blocks:
+            h = block(h, code)
+        shift, scale = self.modulation(code).chunk(2, dim=1)
+        return self._image(self.leave(_modulated(h, shift, scale)))
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, patches, C * patch * patch)."""
+        batch, channels = x.shape[:2]
+        rows, columns = self.grid
+        tiles = x.reshape(batch, channels, rows, self.patch, columns, self.patch)
+        return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+
+    def _image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_patches`."""
+        rows, columns = self.grid
+        tiles = tokens.reshape(len(tokens), rows, columns, -1, self.patch, self.patch)
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), *self.sample_shape)

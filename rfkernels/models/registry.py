@@ -1,0 +1,78 @@
+"""Names of the reference networks: build one from a name and options, describe one by them (for
+config.json)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from rfkernels.models.diffusers_unet import DiffusersUNet
+from rfkernels.models.dit import DiT
+from rfkernels.models.mlp import MLPVelocity
+from rfkernels.models.unet import UNet
+
+__all__ = ["available", "build", "describe"]
+
+_MODELS: dict[str, type[nn.Module]] = {
+    "mlp": MLPVelocity,
+    "dit": DiT,
+    "unet": UNet,
+    "diffusers-unet": DiffusersUNet,
+}
+
+
+def available() -> tuple[str, ...]:
+    """The names that `build` knows."""
+    return tuple(_MODELS)
+
+
+def build(name: str, *, seed: int | None = None, **options: Any) -> nn.Module:
+    """A new network by name: "mlp", "dit", "unet" or "diffusers-unet".
+
+    Args:
+        name: which network.
+        seed: the initial weights become a function of this seed and the caller's random state stays
+            as it was; None draws them from torch's global generator.
+        options: keyword arguments of the class, e.g. sample_shape=(1, 8, 8), width=384,
+            num_classes=10.
+
+    Raises:
+        ValueError: unknown name, or an option that the network does not have.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"name: must be one of {', '.join(_MODELS)}; got {name!r}")
+    cls = _MODELS[name]
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        unknown = sorted(options.keys() - parameters.keys())
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}: {name} has no such option; it has {', '.join(parameters)}"
+            )
+    missing = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and key not in options
+    ]
+    if missing:
+        raise ValueError(f"{missing[0]}: {name} needs it; got {', '.join(options) or 'no options'}")
+    if seed is None:
+        return cls(**options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(**options)
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """{"name": ..., "options": ...} such that build(name, **options) makes this architecture; None
+    for others.
+
+    A subclass of a reference network counts as other: its code is not this library's.
+    """
+    for name, cls in _MODELS.items():
+        if type(model) is cls:
+            return {"name": name, "options": dict(model.options)}
+    return None

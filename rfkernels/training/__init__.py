@@ -1,0 +1,36 @@
+"""Training: a first flow from data, reflow on its pairs, distillation to a few steps; every run
+resumes exactly.
+
+`train_flow`, `reflow` and `distill` return a RunResult and, with `run=`, keep a folder that `load`
+reads. Times: t = 0 is the source, t = 1 the data. All randomness is a function of the seed and of
+the step or sample it serves.
+"""
+
+from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig, from_dict, to_dict
+from rfkernels.training.distill import distill
+from rfkernels.training.load import LoadedRun, load
+from rfkernels.training.make_pairs import make_pairs, model_hash
+from rfkernels.training.metrics_log import read_metrics
+from rfkernels.training.pairs import PairStore
+from rfkernels.training.reflow import reflow
+from rfkernels.training.train import train_flow
+from rfkernels.training.trainer import RunResult, TrainingDivergedError
+
+__all__ = [
+    "DistillConfig",
+    "LoadedRun",
+    "PairStore",
+    "ReflowConfig",
+    "RunResult",
+    "TrainConfig",
+    "TrainingDivergedError",
+    "distill",
+    "from_dict",
+    "load",
+    "make_pairs",
+    "model_hash",
+    "read_metrics",
+    "reflow",
+    "to_dict",
+    "train_flow",
+]

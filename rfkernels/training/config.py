@@ -1,0 +1,350 @@
+"""The options of a training run: frozen dataclasses that check themselves and go to and from JSON.
+
+An option that is not known is refused, both in Python and when a run's config.json is read back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["DistillConfig", "ReflowConfig", "TrainConfig", "from_dict", "to_dict"]
+
+Config = TypeVar("Config")
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+LOSSES = ("mse", "pseudo_huber", "pseudo_huber_elementwise")
+
+
+def _require(condition: bool, name: str, rule: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: {rule}; got {got!r}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: must be a whole number; got {value!r}")
+    _require(value >= least, name, f"must be at least {least}", value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: must be a number; got {value!r}")
+    _require(math.isfinite(value), name, "must be finite", value)
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a velocity network is trained. Times: t = 0 is the source, t = 1 the data.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: samples per step, over all its micro-batches.
+        accumulate: micro-batches per step; divides batch_size. The result is that of the whole
+            batch, up to rounding.
+        learning_rate: its peak.
+        schedule: "cosine" (to zero at the last step) or "constant", after the warm-up.
+        warmup_steps: linear warm-up from zero.
+        weight_decay: decoupled, as in AdamW; 0 makes it Adam.
+        betas: AdamW's.
+        clip_norm: greatest norm of the gradient; None for no clipping.
+        ema_decay: of the averaged weights, in [0, 1); it ramps up as min(ema_decay, (1 + n) / (10 +
+            n)).
+        seed: everything random is a function of it and of the step or sample.
+        path: "linear", "trigonometric", "vp", "sub-vp" or a path object of rfkernels.flow.
+        time_distribution: "uniform", "logit-normal", ... or an object of rfkernels.flow.
+        time_max: drawn times are scaled to [0, time_max]; None is the path's own `t_end`, the
+            largest time with a finite target (1 but for "vp").
+        loss: "mse", "pseudo_huber" or "pseudo_huber_elementwise"; huber_c is the constant of the
+            last two.
+        coupling: "independent"; "ot" (exact minibatch optimal transport); "given" (row i of x0 with
+            row i of x1).
+        conditional: whether labels reach the network as `y`; None: when the data has labels and the
+            network a `null_label`.
+        label_dropout: probability of replacing a sample's label by the network's `null_label`.
+        holdout: fraction of the data held out for `holdout_loss`.
+        holdout_every: steps between measurements of it.
+        autocast: None or "bfloat16", for the network only.
+        log_every: steps between lines of the metrics.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_checkpoints: how many of them stay.
+        sample_every: steps between sample pictures; 0 for none.
+        sample_steps: Euler steps of these.
+        tensorboard: also write TensorBoard events to the run folder (needs tensorboard).
+        num_threads: torch.set_num_threads for the run; None leaves it. Weights are reproducible bit
+            for bit at the same thread count.
+    """
+
+    steps: int = 3000
+    batch_size: int = 256
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    path: Any = "linear"
+    time_distribution: Any = "uniform"
+    time_max: float | None = None
+    loss: str = "mse"
+    huber_c: float | None = None
+    coupling: str = "independent"
+    conditional: bool | None = None
+    label_dropout: float = 0.0
+    holdout: float = 0.1
+    holdout_every: int = 250
+    autocast: str | None = None
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    sample_every: int = 0
+    sample_steps: int = 20
+    tensorboard: bool = False
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "holdout_every",
+            "log_every",
+            "checkpoint_every",
+        ):
+            _whole(name, getattr(self, name), 1)
+        for name in ("keep_checkpoints", "sample_steps"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "sample_every", "seed"):
+            _whole(name, getattr(self, name), 0)
+        _require(self.seed < 2**63, "seed", "must be below 2**63", self.seed)
+        if self.num_threads is not None:
+            _whole("num_threads", self.num_threads, 1)
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            f"must divide batch_size, {self.batch_size}",
+            self.accumulate,
+        )
+        _require(
+            _number("learning_rate", self.learning_rate) > 0,
+            "learning_rate",
+            "must be positive",
+            self.learning_rate,
+        )
+        _require(
+            _number("weight_decay", self.weight_decay) >= 0,
+            "weight_decay",
+            "must not be negative",
+            self.weight_decay,
+        )
+        _require(
+            isinstance(self.betas, (tuple, list)) and len(self.betas) == 2,
+            "betas",
+            "must be two numbers",
+            self.betas,
+        )
+        # JSON gives a list back; the dataclass stays hashable and comparable with a tuple.
+        object.__setattr__(self, "betas", tuple(_number("betas", b) for b in self.betas))
+        _require(all(0 <= b < 1 for b in self.betas), "betas", "must lie in [0, 1)", self.betas)
+        if self.clip_norm is not None:
+            _require(
+                _number("clip_norm", self.clip_norm) > 0,
+                "clip_norm",
+                "must be positive or None",
+                self.clip_norm,
+            )
+        _require(
+            0 <= _number("ema_decay", self.ema_decay) < 1,
+            "ema_decay",
+            "must be in [0, 1)",
+            self.ema_decay,
+        )
+        if self.time_max is not None:
+            _require(
+                0 < _number("time_max", self.time_max) <= 1,
+                "time_max",
+                "must be in (0, 1]",
+                self.time_max,
+            )
+        if self.huber_c is not None:
+            _require(
+                _number("huber_c", self.huber_c) > 0,
+                "huber_c",
+                "must be positive or None",
+                self.huber_c,
+            )
+            _require(
+                self.loss != "mse",
+                "huber_c",
+                "belongs to the pseudo-Huber losses; loss is 'mse'",
+                self.huber_c,
+            )
+        _require(
+            0 <= _number("label_dropout", self.label_dropout) < 1,
+            "label_dropout",
+            "must be in [0, 1)",
+            self.label_dropout,
+        )
+        _require(
+            0 <= _number("holdout", self.holdout) < 1, "holdout", "must be in [0, 1)", self.holdout
+        )
+        for name, choices in (
+            ("schedule", ("cosine", "constant")),
+            ("loss", LOSSES),
+            ("coupling", ("independent", "ot", "given")),
+            ("autocast", (None, "bfloat16")),
+            ("conditional", (None, True, False)),
+        ):
+            value = getattr(self, name)
+            _require(
+                value in choices, name, f"must be one of {', '.join(map(str, choices))}", value
+            )
+
+
+def _check_pairs(config: ReflowConfig | DistillConfig) -> None:
+    _whole("pairs", config.pairs, 2)
+    if config.pair_steps is not None:
+        _whole("pair_steps", config.pair_steps, 1)
+    _whole("pair_batch", config.pair_batch, 1)
+    _require(isinstance(config.solver, str), "solver", "must be a solver's name", config.solver)
+    if config.guidance_scale is not None:
+        _number("guidance_scale", config.guidance_scale)
+    if not isinstance(config.train, TrainConfig):
+        raise TypeError(f"train: must be a TrainConfig; got {type(config.train).__name__}")
+    _require(
+        config.train.coupling == "independent",
+        "train.coupling",
+        "pairs are the coupling here",
+        config.train.coupling,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflowConfig:
+    """Reflow: the teacher's ODE makes pairs (x0, x1), and a copy of it is trained on them (Liu et
+    al., 2023, 3.1).
+
+    Attributes:
+        rounds: how often; each round's teacher is the EMA network of the round before.
+        pairs: pairs per round.
+        solver, pair_steps: how the teacher's ODE is solved; no steps (None) for an adaptive solver.
+        pair_batch: samples solved at a time.
+        guidance_scale: classifier-free guidance of the teacher while making pairs; None for none.
+        train: the training on the pairs; its seed is also the one of the pairs.
+    """
+
+    rounds: int = 1
+    pairs: int = 10_000
+    solver: str = "heun"
+    pair_steps: int | None = 20
+    pair_batch: int = 1000
+    guidance_scale: float | None = None
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2500, learning_rate=1e-3))
+
+    def __post_init__(self) -> None:
+        _whole("rounds", self.rounds, 1)
+        _check_pairs(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation of a teacher's ODE into a student of k Euler steps (Liu et al., 2023, 3.2).
+
+    Attributes:
+        k: Euler steps of the student; its times are 0, 1/k, ..., (k-1)/k.
+        distance: "l2", or a callable(prediction, x1) -> (B,) losses or their mean. "l2" compares
+            velocities with the loss of `train`; a callable sees the predicted end point x_t + (1 -
+            t) v and x1.
+        pairs, solver, pair_steps, pair_batch, guidance_scale: as in ReflowConfig, for when no pairs
+            are given.
+        train: the training on the pairs; its time_distribution is not used.
+    """
+
+    k: int = 1
+    distance: str | Distance = "l2"
+    pairs: int = 10_000
+    solver: str = "heun"
+    pair_steps: int | None = 20
+    pair_batch: int = 1000
+    guidance_scale: float | None = None
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1500, learning_rate=1e-3))
+
+    def __post_init__(self) -> None:
+        _whole("k", self.k, 1)
+        _check_pairs(self)
+        if not callable(self.distance):
+            _require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
+        _require(
+            self.train.path == "linear",
+            "train.path",
+            "a student of Euler steps learns the linear path",
+            self.train.path,
+        )
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for a value: itself, or for an object its class (and fields, for a
+    dataclass)."""
+    if isinstance(value, TrainConfig):
+        return to_dict(value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    cls = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    described: dict[str, Any] = {"object": f"{cls.__module__}.{cls.__qualname__}"}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        described.update(
+            {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    return described
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON values."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _revived(name: str, value: Any) -> Any:
+    """An object of rfkernels.flow from its description; other objects cannot be made from JSON."""
+    if not isinstance(value, Mapping) or "object" not in value:
+        return value
+    from rfkernels import flow
+
+    module, _, cls = str(value["object"]).rpartition(".")
+    if not module.startswith("rfkernels.flow") or not hasattr(flow, cls):
+        raise ValueError(
+            f"{name}: {value['object']} is an object of your own; pass the config that holds it"
+        )
+    return getattr(flow, cls)(**{k: _revived(k, v) for k, v in value.items() if k != "object"})
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config of class `cls` in these JSON values; an unknown key is refused, a missing one has
+    its default."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{cls.__name__}: must be a mapping of options; got {type(values).__name__}"
+        )
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: {cls.__name__} has no such option; it has {', '.join(sorted(fields))}"
+        )
+    arguments = {key: _revived(key, value) for key, value in values.items() if key != "train"}
+    if "train" in values:
+        train = values["train"]
+        arguments["train"] = (
+            train if isinstance(train, TrainConfig) else from_dict(TrainConfig, train)
+        )
+    return cls(**arguments)

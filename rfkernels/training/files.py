@@ -1,0 +1,111 @@
+"""Files that are either whole or absent: written beside their place, flushed to the disk, then
+renamed into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+__all__ = ["plain_tensors", "read_json", "sha256", "sync_folder", "write_json", "write_tensors"]
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable (a no-op where folders cannot be opened, as on
+    Windows)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_file(file: Path) -> None:
+    handle = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _beside(file: Path) -> Path:
+    """A temporary name in the same folder; hidden, so that nothing lists it as a finished file."""
+    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
+
+
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    """Replaces a text file atomically."""
+    temporary = _beside(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.writelines(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Replaces a JSON file atomically."""
+    write_lines(file, [json.dumps(value, indent=2, allow_nan=False), "\n"])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them: contiguous, on the CPU, none sharing memory with
+    another (tied weights)."""
+    plain: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        if pointer in seen:
+            value = value.clone()
+        seen.add(pointer)
+        plain[name] = value
+    return plain
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replaces a safetensors file atomically."""
+    temporary = _beside(file)
+    try:
+        save_file(plain_tensors(tensors), temporary)
+        _sync_file(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""AdamW by torch's fused kernel, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rfkernels.training.config import TrainConfig
+
+__all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors"]
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019); without weight decay it is Adam."""
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state, keyed "<parameter>:<entry>"; empty before the first step."""
+    return {
+        f"{name}:{entry}": value
+        for name, parameter in model.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Restores what `optimizer_tensors` gave."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(":")
+        state.setdefault(name, {})[entry] = value
+    for name, parameter in model.named_parameters():
+        for entry, value in state.get(name, {}).items():
+            # Fresh memory of torch's own: a tensor that lies in a mapped file has another
+            # alignment.
+            kept = torch.empty_like(
+                value,
+                device="cpu" if entry == "step" and not parameter.is_cuda else parameter.device,
+            )
+            optimizer.state[parameter][entry] = kept.copy_(value)

@@ -1,0 +1,74 @@
+"""Samples drawn while training: a safetensors file at each of the chosen steps, and a PNG where
+Pillow is installed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rfkernels.ops.random import derive_seed, randn
+from rfkernels.sampling import sample
+from rfkernels.training.config import TrainConfig
+from rfkernels.training.files import write_tensors
+
+__all__ = ["Pictures", "image_grid"]
+
+COUNT = 64
+
+
+class Pictures:
+    """Writes `folder`/step-N.safetensors (and .png for images) from the same 64 noises every
+    time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sample_shape: tuple[int, ...],
+        config: TrainConfig,
+        *,
+        num_classes: int | None,
+        device: torch.device,
+    ) -> None:
+        self._folder, self._steps = folder, config.sample_steps
+        self._noise = randn(
+            COUNT, *sample_shape, seed=derive_seed(config.seed, "samples"), device=device
+        )
+        self._condition = {}
+        if num_classes is not None:
+            self._condition["y"] = torch.arange(COUNT, device=device) % num_classes
+
+    @torch.no_grad()
+    def __call__(self, velocity: nn.Module, step: int) -> None:
+        x = sample(velocity, self._noise, steps=self._steps, condition=self._condition).cpu()
+        self._folder.mkdir(exist_ok=True)
+        write_tensors(self._folder / f"step-{step}.safetensors", {"x": x})
+        grid = image_grid(x)
+        if grid is None:
+            return
+        try:
+            from PIL import Image
+        except ImportError:
+            return  # the samples themselves are there
+        Image.fromarray(grid.numpy()).save(self._folder / f"step-{step}.png")
+
+
+def image_grid(x: torch.Tensor, columns: int | None = None) -> torch.Tensor | None:
+    """Images in [-1, 1], (N, C, H, W) with C 1 or 3, as one uint8 picture (rows * H, columns * W[,
+    3]).
+
+    None for samples that are no images.
+    """
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        return None
+    columns = columns or math.ceil(math.sqrt(len(x)))
+    rows = math.ceil(len(x) / columns)
+    count, channels, height, width = x.shape
+    padded = torch.full((rows * columns, channels, height, width), -1.0)
+    padded[:count] = x
+    pixels = ((padded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    picture = pixels.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    return (picture[..., 0] if channels == 1 else picture).contiguous()

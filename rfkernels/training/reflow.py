@@ -1,0 +1,159 @@
+"""`reflow`: straightens a flow by training on the pairs that its own ODE makes (Liu et al., 2023,
+section 3.1)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from rfkernels.ops.random import derive_seed
+from rfkernels.training.config import DistillConfig, ReflowConfig
+from rfkernels.training.make_pairs import make_pairs, model_hash
+from rfkernels.training.objectives import FlowObjective
+from rfkernels.training.pairs import PairStore
+from rfkernels.training.run_folder import RunFolder
+from rfkernels.training.sources import PairSource
+from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
+from rfkernels.training.train import check_label_dropout, describe_run, run_trainer
+from rfkernels.training.trainer import RunResult, device_of
+
+__all__ = ["reflow"]
+
+
+def reflow(
+    teacher: AnyTeacher,
+    config: ReflowConfig | None = None,
+    *,
+    sample_shape: Sequence[int] | None = None,
+    labels: torch.Tensor | None = None,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> RunResult:
+    """Makes pairs with the teacher's EMA network and fine-tunes a copy of it on them,
+    `config.rounds` times.
+
+    Args:
+        teacher: a RunResult, a run folder, a LoadedRun, or a network (velocity of time t = 0
+            source, 1 data).
+        config: a ReflowConfig; None for its defaults.
+        sample_shape: shape of one sample; known for a run.
+        labels: (config.pairs,) labels or (config.pairs, C) condition vectors of the pairs; by
+            default every class of a class-conditional teacher equally often.
+        run: the run folder, which also keeps the pairs (several rounds: in round-1, round-2, ...).
+            Without one the pairs lie in a temporary folder while they are needed.
+        resume: go on with the run in that folder; finished shards of pairs are kept.
+        progress: show bars.
+
+    Returns:
+        RunResult of the last round.
+
+    Raises:
+        As `train_flow` and `make_pairs`.
+    """
+    config = ReflowConfig() if config is None else config
+    if not isinstance(config, ReflowConfig):
+        raise TypeError(f"config: must be a ReflowConfig; got {type(config).__name__}")
+    found = find_teacher(teacher, sample_shape)
+    labels = pair_labels(found, labels, config.pairs)
+    check_flow(found, labels, config)
+    check_label_dropout(found.model, config.train, labels is not None)
+    if config.rounds == 1:
+        return _round(found, config, 1, labels, run, resume, progress)
+    with ExitStack() as stack:
+        top = None
+        if run is not None:
+            described = _described(found, config, labels, 0)
+            description = describe_run("reflow", found.model, config, found.sample_shape, described)
+            top = RunFolder(run, description, resume=resume)
+            stack.callback(top.close)
+        for number in range(1, config.rounds + 1):
+            folder = None if top is None else top.path / f"round-{number}"
+            result = _round(found, config, number, labels, folder, resume, progress)
+            found = find_teacher(result, None)
+    if top is not None:
+        result.run = top.path
+    return result
+
+
+def _described(
+    teacher: Teacher, config: ReflowConfig | DistillConfig, labels: torch.Tensor | None, number: int
+) -> dict[str, object]:
+    return {
+        "round": number,
+        "teacher_sha256": model_hash(teacher.model),
+        "conditional": labels is not None,
+        "num_classes": teacher.num_classes,
+    }
+
+
+def _round(
+    teacher: Teacher,
+    config: ReflowConfig,
+    number: int,
+    labels: torch.Tensor | None,
+    run: Path | str | None,
+    resume: bool,
+    progress: bool,
+) -> RunResult:
+    described = _described(teacher, config, labels, number)
+    with ExitStack() as stack:
+        opened = None
+        if run is not None:
+            description = describe_run(
+                "reflow", teacher.model, config, teacher.sample_shape, described
+            )
+            opened = RunFolder(run, description, resume=resume)
+            stack.callback(opened.close)
+        pairs = teacher_pairs(teacher, config, labels, opened, f"pairs {number}", stack, progress)
+        student = teacher.student()
+        source = PairSource(
+            pairs, seed=config.train.seed, holdout=config.train.holdout, device=device_of(student)
+        )
+        null_label = getattr(student, "null_label", None)
+        return run_trainer(
+            "reflow",
+            "reflow",
+            student,
+            FlowObjective(source, config.train, null_label),
+            config,
+            train=config.train,
+            run=opened,
+            resume=resume,
+            progress=progress,
+            sample_shape=teacher.sample_shape,
+            described=described,
+        )
+
+
+def teacher_pairs(
+    teacher: Teacher,
+    config: ReflowConfig | DistillConfig,
+    labels: torch.Tensor | None,
+    run: RunFolder | None,
+    purpose: str,
+    stack: ExitStack,
+    progress: bool,
+) -> PairStore:
+    """The teacher's pairs in the run's folder, or in a temporary one that `stack` removes."""
+    if run is None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rfkernels-pairs-")))
+    else:
+        folder = run.pairs
+    return make_pairs(
+        teacher.model,
+        config.pairs,
+        teacher.sample_shape,
+        folder=folder,
+        seed=derive_seed(config.train.seed, purpose),
+        solver=config.solver,
+        steps=config.pair_steps,
+        batch=config.pair_batch,
+        labels=labels,
+        guidance_scale=config.guidance_scale,
+        progress=progress,
+    )
