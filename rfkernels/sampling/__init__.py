@@ -1,0 +1,32 @@
+"""Samplers: solvers, time grids, guidance, and the two functions that put them together, ``sample``
+and ``invert``."""
+
+from rfkernels.sampling.dopri5 import Dopri5
+from rfkernels.sampling.fixed import AB2, RK4, Euler, FixedStepSolver, Heun, Midpoint, Taylor
+from rfkernels.sampling.grids import CustomGrid, Grid, ShiftedGrid, UniformGrid, get_grid
+from rfkernels.sampling.run import Run, Solution, Solver
+from rfkernels.sampling.sample import SampleInfo, invert, sample
+from rfkernels.sampling.solvers import get_solver
+
+__all__ = [
+    "AB2",
+    "RK4",
+    "CustomGrid",
+    "Dopri5",
+    "Euler",
+    "FixedStepSolver",
+    "Grid",
+    "Heun",
+    "Midpoint",
+    "Run",
+    "SampleInfo",
+    "ShiftedGrid",
+    "Solution",
+    "Solver",
+    "Taylor",
+    "UniformGrid",
+    "get_grid",
+    "get_solver",
+    "invert",
+    "sample",
+]

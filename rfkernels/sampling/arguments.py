@@ -1,0 +1,172 @@
+"""The checks of ``sample`` and ``invert``: from what a caller wrote to what a solver works with.
+
+``caller`` is the public function whose name opens the error messages.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfkernels.sampling.field import Field
+from rfkernels.sampling.grids import check_times, get_grid
+from rfkernels.sampling.run import Solver
+from rfkernels.sampling.solvers import get_solver
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_samples(caller: str, name: str, x: object) -> None:
+    """A floating point tensor with a batch dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor; got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{caller}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}"
+        )
+    if x.ndim == 0:
+        raise ValueError(
+            f"{caller}: {name} must have a batch dimension, (B, ...); got a 0-d tensor"
+        )
+
+
+def check_callable(caller: str, name: str, value: object, call: str) -> None:
+    """Something that can be called; ``call`` shows how it will be."""
+    if not callable(value):
+        raise TypeError(f"{caller}: {name} must be callable as {call}; got {type(value).__name__}")
+
+
+def make_solver(
+    caller: str,
+    solver: str | Solver,
+    rtol: float | None,
+    atol: float | None,
+    seed: int | Tensor | None,
+) -> Solver:
+    """The solver with the tolerances of the call; what it has no use for is refused."""
+    solver = get_solver(solver)
+    if seed is not None:
+        raise ValueError(
+            f"{caller}: seed must be left out, since solver {solver.name!r} draws no noise; "
+            f"got {seed!r}"
+        )
+    if rtol is None and atol is None:
+        return solver
+    if not solver.adaptive:
+        raise ValueError(
+            f"{caller}: rtol and atol must be left out, since solver {solver.name!r} takes fixed "
+            f"steps; got rtol={rtol}, atol={atol}"
+        )
+    return solver.with_tolerances(rtol, atol)
+
+
+def make_times(
+    caller: str, grid: object, steps: int | None, t_start: float, t_end: float, solver: Solver
+) -> tuple[float, ...]:
+    """The ascending times of the run."""
+    start, end = _number(caller, "t_start", t_start), _number(caller, "t_end", t_end)
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"{caller}: t_start and t_end must satisfy 0 <= t_start < t_end <= 1; "
+            f"got {start} and {end}"
+        )
+    if steps is not None:
+        if isinstance(steps, bool) or not hasattr(steps, "__index__"):
+            raise TypeError(f"{caller}: steps must be an integer; got {type(steps).__name__}")
+        steps = operator.index(steps)
+        if steps < 1:
+            raise ValueError(f"{caller}: steps must be at least 1; got {steps}")
+    elif grid is None:
+        if not solver.adaptive:
+            raise ValueError(f"{caller}: steps must be given with solver {solver.name!r}; got None")
+        steps = 1
+    times = tuple(float(t) for t in get_grid(grid).times(steps, start, end))
+    check_times(times)
+    return times
+
+
+def make_field(
+    caller: str,
+    velocity: Callable[..., Tensor],
+    x: Tensor,
+    condition: Mapping[str, Any] | None,
+    uncondition: Mapping[str, Any] | None,
+    guidance_scale: float | Tensor | None,
+    compile: bool | str | None,
+) -> Field:
+    """The velocity with its conditions, guided and compiled as asked."""
+    scale = _guidance(caller, guidance_scale, x)
+    if scale is not None and uncondition is None:
+        raise ValueError(
+            f"{caller}: uncondition must be given with guidance_scale, the arguments of the "
+            "unconditional call ({} for none); got None"
+        )
+    compiled = None
+    if compile is not None and compile is not False:
+        if compile is not True and compile not in COMPILE_MODES:
+            raise ValueError(
+                f"{caller}: compile must be None, True or one of {', '.join(COMPILE_MODES)}; "
+                f"got {compile!r}"
+            )
+        compiled = torch.compile(velocity, mode=None if compile is True else compile)
+    return Field(
+        velocity,
+        x.dtype,
+        x.shape[0],
+        condition=_conditions(caller, "condition", condition),
+        uncondition=_conditions(caller, "uncondition", uncondition),
+        guidance_scale=scale,
+        compiled=compiled,
+        # These modes may replay CUDA graphs, whose outputs live until the next replay only.
+        copy_outputs=compile in ("reduce-overhead", "max-autotune"),
+    )
+
+
+def wants_gradients(x: Tensor, field: Field) -> bool:
+    """Whether grad mode is on and a tensor of the call, parameters aside, requires grad."""
+    if not torch.is_grad_enabled():
+        return False
+    given = (x, field.guidance_scale, *field.condition.values(), *field.uncondition.values())
+    return any(isinstance(value, Tensor) and value.requires_grad for value in given)
+
+
+def _number(caller: str, name: str, value: object) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{caller}: {name} must be a number; got {type(value).__name__}")
+    return float(value)
+
+
+def _conditions(caller: str, name: str, value: object) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{caller}: {name} must be a dict of keyword arguments of the velocity; "
+            f"got {type(value).__name__}"
+        )
+    return value
+
+
+def _guidance(caller: str, scale: float | Tensor | None, x: Tensor) -> float | Tensor | None:
+    """None when no unconditional call is needed, else a float or a 0-d or (B,) tensor."""
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        if scale.shape not in ((), x.shape[:1]):
+            raise ValueError(
+                f"{caller}: guidance_scale must be a number, a 0-d or a ({x.shape[0]},) tensor; "
+                f"got shape {tuple(scale.shape)}"
+            )
+        if scale.is_complex() or scale.dtype == torch.bool:
+            raise TypeError(f"{caller}: guidance_scale must be real; got {scale.dtype}")
+        return scale.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scale = _number(caller, "guidance_scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{caller}: guidance_scale must be finite; got {scale}")
+    return None if scale == 1.0 else scale
