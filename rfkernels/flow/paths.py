@@ -204,6 +204,7 @@ PATHS: dict[str, type] = {
     "spherical": TrigonometricPath,
     "vp": VPPath,
     "sub-vp": SubVPPath,
+    "subvp": SubVPPath,
 }
 
 
