@@ -54,7 +54,8 @@ class Dataset:
             raise TypeError(f"x: must be a floating point tensor; got {self.x.dtype}")
         if self.x.dim() < 2 or len(self.x) == 0 or self.x[0].numel() == 0:
             raise ValueError(
-                f"x: must have the shape (N, ...) with at least one sample; got {tuple(self.x.shape)}"
+                f"x: must have the shape (N, ...) with at least one sample; got "
+                f"{tuple(self.x.shape)}"
             )
         if self.labels is not None:
             if not isinstance(self.labels, torch.Tensor):
@@ -63,7 +64,8 @@ class Dataset:
                 )
             if self.labels.dim() == 0 or len(self.labels) != len(self.x):
                 raise ValueError(
-                    f"labels: must have one row per sample, {len(self.x)}; got {tuple(self.labels.shape)}"
+                    f"labels: must have one row per sample, {len(self.x)}; got "
+                    f"{tuple(self.labels.shape)}"
                 )
 
     @property

@@ -44,12 +44,14 @@ def load_dataset(name: str | Path, **options: Any) -> Data:
         allowed, maker = set(), lambda: load_arrays(path)
     else:
         raise ValueError(
-            f"dataset: must be one of {', '.join(DATASETS)}, an .npz or .safetensors file, or a folder of images; "
+            f"dataset: must be one of {', '.join(DATASETS)}, an .npz or .safetensors file, or a "
+            f"folder of images; "
             f"got {str(name)!r}"
         )
     unknown = sorted(options.keys() - allowed)
     if unknown:
         raise ValueError(
-            f"{unknown[0]}: {name} has no such option; it has {', '.join(sorted(allowed)) or 'none'}"
+            f"{unknown[0]}: {name} has no such option; it has "
+            f"{', '.join(sorted(allowed)) or 'none'}"
         )
     return maker(**options)

@@ -34,7 +34,7 @@ def _moons(u: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return 2 * torch.stack((x, y), dim=1) + 0.1 * z, label
 
 
-def _checkerboard(u: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _checkerboard(u: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The eight dark squares of a 4 x 4 board over [-4, 4]^2; the label is the column."""
     column = (u[:, 0] * 4).long().clamp(max=3)
     row = 2 * (u[:, 1] >= 0.5).long() + column % 2
@@ -49,11 +49,12 @@ def _spirals(u: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return 4 * turn[:, None] * torch.stack((angle.cos(), angle.sin()), dim=1) + 0.1 * z, label
 
 
-TOYS: dict[str, _Maker] = {
-    "moons": _moons,
-    "ring": _ring,
-    "checkerboard": _checkerboard,
-    "spirals": _spirals,
+# Name -> (maker, number of labels).
+TOYS: dict[str, tuple[_Maker, int]] = {
+    "moons": (_moons, 2),
+    "ring": (_ring, 8),
+    "checkerboard": (_checkerboard, 4),
+    "spirals": (_spirals, 2),
 }
 
 
@@ -69,11 +70,12 @@ class ToyStream:
         if name not in TOYS:
             raise ValueError(f"name: must be one of {', '.join(TOYS)}; got {name!r}")
         self.name, self.seed = name, seed
+        self._maker, self.num_classes = TOYS[name]
 
     def rows(self, index: torch.Tensor) -> Rows:
         u = rand(len(index), 4, seed=derive_seed(self.seed, "toy uniform"), offset=index)
         z = randn(len(index), 2, seed=derive_seed(self.seed, "toy normal"), offset=index)
-        return Rows(*TOYS[self.name](u, z))
+        return Rows(*self._maker(u, z))
 
 
 def toy(name: str, size: int | None = None, seed: int = 0) -> Dataset | ToyStream:

@@ -38,12 +38,14 @@ class DiffusersUNet(nn.Module):
             from diffusers import UNet2DModel
         except ImportError as error:
             raise ImportError(
-                'DiffusersUNet: needs diffusers; install it with: pip install "rfkernels[diffusers]"'
+                "DiffusersUNet: needs diffusers; install it with: pip install "
+                '"rfkernels[diffusers]"'
             ) from error
         self.sample_shape = tuple(int(n) for n in sample_shape)
         if len(self.sample_shape) != 3:
             raise ValueError(
-                f"sample_shape: DiffusersUNet takes (channels, height, width); got {self.sample_shape}"
+                f"sample_shape: DiffusersUNet takes (channels, height, width); got "
+                f"{self.sample_shape}"
             )
         derived = {
             "sample_size",

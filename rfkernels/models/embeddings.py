@@ -68,14 +68,16 @@ class ConditionEmbedding(nn.Module):
                 y = torch.full((batch,), self.num_classes, dtype=torch.int64, device=device)
             elif y.dtype.is_floating_point or y.shape != (batch,):
                 raise ValueError(
-                    f"y: must be integer class labels of shape ({batch},); got {y.dtype} {tuple(y.shape)}"
+                    f"y: must be integer class labels of shape ({batch},); got {y.dtype} "
+                    f"{tuple(y.shape)}"
                 )
             return self.table(y)
         if y is None:
             y = torch.zeros(batch, self.condition_dim or 1, device=device)
         elif y.shape != (batch, self.condition_dim):
             raise ValueError(
-                f"y: must be condition vectors of shape ({batch}, {self.condition_dim}); got {tuple(y.shape)}"
+                f"y: must be condition vectors of shape ({batch}, {self.condition_dim}); got "
+                f"{tuple(y.shape)}"
             )
         return self.table(y.to(self.table.weight.dtype))
 

@@ -98,12 +98,14 @@ class UNet(nn.Module):
         factor = 2 ** (len(multipliers) - 1)
         if any(side % factor for side in sides):
             raise ValueError(
-                f"sample_shape: height and width must be multiples of {factor} for {len(multipliers)} levels; "
+                f"sample_shape: height and width must be multiples of {factor} for "
+                f"{len(multipliers)} levels; "
                 f"got {self.sample_shape}"
             )
         if heads and (width * multipliers[-1]) % heads:
             raise ValueError(
-                f"heads: must divide the channels of the coarsest level, {width * multipliers[-1]}; got {heads}"
+                f"heads: must divide the channels of the coarsest level, "
+                f"{width * multipliers[-1]}; got {heads}"
             )
         self.options = {
             "sample_shape": list(self.sample_shape),

@@ -6,7 +6,8 @@ reads. Times: t = 0 is the source, t = 1 the data. All randomness is a function 
 the step or sample it serves.
 """
 
-from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig, from_dict, to_dict
+from rfkernels.training.config import DistillConfig, OwnObject, ReflowConfig, TrainConfig
+from rfkernels.training.config_json import from_dict, to_dict
 from rfkernels.training.distill import distill
 from rfkernels.training.load import LoadedRun, load
 from rfkernels.training.make_pairs import make_pairs, model_hash
@@ -19,6 +20,7 @@ from rfkernels.training.trainer import RunResult, TrainingDivergedError
 __all__ = [
     "DistillConfig",
     "LoadedRun",
+    "OwnObject",
     "PairStore",
     "ReflowConfig",
     "RunResult",

@@ -62,21 +62,25 @@ def save(
     clear_leftovers(folder)
     temporary = folder / f".step-{step}.{os.getpid()}.tmp"
     temporary.mkdir()
-    for name, tensors in parts.items():
-        write_tensors(temporary / f"{name}.safetensors", tensors)
-    digests = {p.name: sha256(p) for p in sorted(temporary.glob("*.safetensors"))}
-    write_json(
-        temporary / "state.json", {"format": FORMAT, "step": step, **state, "sha256": digests}
-    )
-    sync_folder(temporary)
-    final = folder / f"step-{step}"
-    if final.exists():  # a damaged one that the run has passed again
-        _discard(final)
-    temporary.rename(final)
+    try:
+        for name, tensors in parts.items():
+            write_tensors(temporary / f"{name}.safetensors", tensors)
+        digests = {p.name: sha256(p) for p in sorted(temporary.glob("*.safetensors"))}
+        description = {"format": FORMAT, "step": step, **state, "sha256": digests}
+        write_json(temporary / "state.json", description)
+        # What is there of this step or of later ones is damaged: the run would have gone on from
+        # it.
+        for stale in steps_on_disk(folder):
+            if stale >= step:
+                _discard(folder / f"step-{stale}")
+        temporary.rename(folder / f"step-{step}")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync_folder(folder)
     for old in steps_on_disk(folder)[:-keep]:
         _discard(folder / f"step-{old}")
-    return final
+    return folder / f"step-{step}"
 
 
 def _discard(folder: Path) -> None:

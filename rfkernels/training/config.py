@@ -1,24 +1,32 @@
-"""The options of a training run: frozen dataclasses that check themselves and go to and from JSON.
+"""The options of a training run: frozen dataclasses that check themselves.
 
-An option that is not known is refused, both in Python and when a run's config.json is read back.
+`config_json.py` writes them to a run's config.json and reads them back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-__all__ = ["DistillConfig", "ReflowConfig", "TrainConfig", "from_dict", "to_dict"]
+from rfkernels.flow.paths import LinearPath, get_path
 
-Config = TypeVar("Config")
+__all__ = ["DistillConfig", "OwnObject", "ReflowConfig", "TrainConfig"]
+
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LOSSES = ("mse", "pseudo_huber", "pseudo_huber_elementwise")
+
+
+@dataclass(frozen=True)
+class OwnObject:
+    """Stands for an object of the user's own in a config that was read back: JSON can only name
+    it."""
+
+    name: str
 
 
 def _require(condition: bool, name: str, rule: str, got: object) -> None:
@@ -281,70 +289,11 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _whole("k", self.k, 1)
         _check_pairs(self)
-        if not callable(self.distance):
+        if not callable(self.distance) and not isinstance(self.distance, OwnObject):
             _require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
         _require(
-            self.train.path == "linear",
+            isinstance(get_path(self.train.path), LinearPath),
             "train.path",
             "a student of Euler steps learns the linear path",
             self.train.path,
         )
-
-
-def _plain(value: Any) -> Any:
-    """What stands in JSON for a value: itself, or for an object its class (and fields, for a
-    dataclass)."""
-    if isinstance(value, TrainConfig):
-        return to_dict(value)
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    cls = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
-    described: dict[str, Any] = {"object": f"{cls.__module__}.{cls.__qualname__}"}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        described.update(
-            {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    return described
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON values."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
-def _revived(name: str, value: Any) -> Any:
-    """An object of rfkernels.flow from its description; other objects cannot be made from JSON."""
-    if not isinstance(value, Mapping) or "object" not in value:
-        return value
-    from rfkernels import flow
-
-    module, _, cls = str(value["object"]).rpartition(".")
-    if not module.startswith("rfkernels.flow") or not hasattr(flow, cls):
-        raise ValueError(
-            f"{name}: {value['object']} is an object of your own; pass the config that holds it"
-        )
-    return getattr(flow, cls)(**{k: _revived(k, v) for k, v in value.items() if k != "object"})
-
-
-def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config of class `cls` in these JSON values; an unknown key is refused, a missing one has
-    its default."""
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            f"{cls.__name__}: must be a mapping of options; got {type(values).__name__}"
-        )
-    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - fields)
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]}: {cls.__name__} has no such option; it has {', '.join(sorted(fields))}"
-        )
-    arguments = {key: _revived(key, value) for key, value in values.items() if key != "train"}
-    if "train" in values:
-        train = values["train"]
-        arguments["train"] = (
-            train if isinstance(train, TrainConfig) else from_dict(TrainConfig, train)
-        )
-    return cls(**arguments)

@@ -19,6 +19,7 @@ from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
 from rfkernels.training.teacher import AnyTeacher, check_flow, find_teacher, pair_labels
 from rfkernels.training.train import (
+    check_destination,
     check_label_dropout,
     check_model,
     check_output,
@@ -76,11 +77,13 @@ def distill(
             raise ValueError("labels: the pairs have theirs; give labels only for new pairs")
         if pairs.sample_shape != found.sample_shape:
             raise ValueError(
-                f"pairs: must be of the teacher's shape, {found.sample_shape}; got {pairs.sample_shape}"
+                f"pairs: must be of the teacher's shape, {found.sample_shape}; got "
+                f"{pairs.sample_shape}"
             )
-        conditional = bool(pairs.stored(torch.zeros(1, dtype=torch.int64)).condition)
+        conditional = "y" in pairs.stored(torch.zeros(1, dtype=torch.int64)).condition
     trained = found.student() if student is None else student
     check_model(trained)
+    check_destination(config.train, run)
     null_label = check_label_dropout(trained, config.train, conditional)
     described = {
         "teacher_sha256": model_hash(found.model),

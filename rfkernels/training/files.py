@@ -3,6 +3,7 @@ renamed into it."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-__all__ = ["plain_tensors", "read_json", "sha256", "sync_folder", "write_json", "write_tensors"]
+__all__ = [
+    "plain_tensors",
+    "read_json",
+    "sha256",
+    "sync_folder",
+    "tensors_sha256",
+    "write_json",
+    "write_lines",
+    "write_tensors",
+]
 
 
 def sync_folder(folder: Path) -> None:
@@ -91,15 +102,32 @@ def plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replaces a safetensors file atomically."""
+    """Replaces a safetensors file atomically.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full.
+    """
     temporary = _beside(file)
     try:
-        save_file(plain_tensors(tensors), temporary)
+        try:
+            save_file(plain_tensors(tensors), temporary)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"{file}: cannot be written ({error})") from error
         _sync_file(temporary)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and values of tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        plain = value.detach().to("cpu").contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def sha256(file: Path) -> str:

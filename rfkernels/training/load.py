@@ -11,7 +11,8 @@ from torch import nn
 
 import rfkernels.models as models
 from rfkernels.training import checkpoint as checkpoints
-from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig, from_dict
+from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig
+from rfkernels.training.config_json import from_dict
 from rfkernels.training.run_folder import read_config
 
 __all__ = ["LoadedRun", "load"]
@@ -108,7 +109,8 @@ def load(
 def _rebuilt(described: dict[str, Any]) -> nn.Module:
     if "name" not in described:
         raise ValueError(
-            f"model: this run trained a network of your own ({described.get('class')}); pass one as load(..., model=...)"
+            f"model: this run trained a network of your own ({described.get('class')}); pass one "
+            f"as load(..., model=...)"
         )
     return models.build(described["name"], seed=0, **described["options"])
 

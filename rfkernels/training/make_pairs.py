@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
@@ -15,7 +14,7 @@ from torch import nn
 
 from rfkernels.ops.random import randn
 from rfkernels.sampling import sample
-from rfkernels.training.files import write_json, write_tensors
+from rfkernels.training.files import tensors_sha256, write_json, write_tensors
 from rfkernels.training.pairs import (
     FORMAT,
     PairStore,
@@ -38,11 +37,7 @@ def model_hash(velocity: Callable[..., torch.Tensor]) -> str | None:
     """SHA-256 over a network's weights and their names; None for what is no nn.Module."""
     if not isinstance(velocity, nn.Module):
         return None
-    digest = hashlib.sha256()
-    for name, value in sorted(velocity.state_dict().items()):
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256(velocity.state_dict())
 
 
 def make_pairs(
@@ -108,7 +103,7 @@ def make_pairs(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "model_sha256": model_hash(velocity),
-        "condition_sha256": _condition_hash(conditions),
+        "condition_sha256": tensors_sha256(conditions) if conditions else None,
         "shard_size": batch * max(1, math.ceil(count / batch / _MAX_SHARDS)),
     }
     if (folder / "manifest.json").exists():
@@ -145,7 +140,8 @@ def make_pairs(
                 except KeyboardInterrupt:
                     finished = shard_count(manifest) - len(todo) + done
                     raise KeyboardInterrupt(
-                        f"make_pairs: stopped; {finished} of {shard_count(manifest)} shards are finished in "
+                        f"make_pairs: stopped; {finished} of {shard_count(manifest)} shards are "
+                        f"finished in "
                         f"{folder}; go on with resume=True"
                     ) from None
         finally:
@@ -172,16 +168,6 @@ def _conditions(
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def _condition_hash(conditions: dict[str, torch.Tensor]) -> str | None:
-    if not conditions:
-        return None
-    digest = hashlib.sha256()
-    for name, value in sorted(conditions.items()):
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _check_same(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise FileExistsError(
@@ -191,7 +177,8 @@ def _check_same(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     for key, value in manifest.items():
         if old.get(key) != value:
             raise ValueError(
-                f"pairs: {folder} was begun with other arguments: {key} is {old.get(key)!r} there and {value!r} now"
+                f"pairs: {folder} was begun with other arguments: {key} is {old.get(key)!r} "
+                f"there and {value!r} now"
             )
 
 
@@ -256,7 +243,8 @@ def _make_shard(
         )
         if not torch.isfinite(x1).all():
             raise ValueError(
-                f"make_pairs: the teacher's flow is not finite for pairs {first} to {first + len(index) - 1}"
+                f"make_pairs: the teacher's flow is not finite for pairs {first} to "
+                f"{first + len(index) - 1}"
             )
         ends.append(x1.cpu())
         bar.advance(len(index))

@@ -34,19 +34,11 @@ def read_metrics(file: Path, up_to: int | None = None) -> list[dict[str, Any]]:
     return entries
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """A SummaryWriter into `folder`.
+def _tensorboard_writer(folder: Path, resume_at: int) -> Any:
+    """A SummaryWriter into `folder` that hides what a resumed run will write again."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    Raises:
-        ImportError: tensorboard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard: it is not installed; install it with: pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=resume_at + 1)
 
 
 class MetricsLog:
@@ -60,15 +52,20 @@ class MetricsLog:
         if file is not None and file.exists():
             write_lines(file, [json.dumps(entry) + "\n" for entry in self.entries])
         self._stream = None if file is None else file.open("a", encoding="utf-8")
-        self._writer = None if tensorboard is None else tensorboard_writer(tensorboard)
+        self._writer = None if tensorboard is None else _tensorboard_writer(tensorboard, resume_at)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Records the values of a step."""
         entry: dict[str, Any] = {"step": step, **values}
         self.entries.append(entry)
         if self._stream is not None:
-            self._stream.write(json.dumps(entry) + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(json.dumps(entry) + "\n")
+                self._stream.flush()
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"cannot write {self._stream.name} ({error.strerror})"
+                ) from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

@@ -99,7 +99,7 @@ class FlowObjective(_OnSource):
         super().__init__(source, config, null_label)
         self._times = get_time_distribution(config.time_distribution)
         self._time_seed = derive_seed(config.seed, "time")
-        self._time_max = get_path(config.path).t_end if config.time_max is None else config.time_max
+        self._time_max = getattr(get_path(config.path), "t_end", 1.0) if config.time_max is None else config.time_max
 
     def batch(self, step: int) -> Batch:
         draw = self._draw(step)
@@ -171,6 +171,7 @@ class DistillObjective(_OnSource):
         value = self._distance(end, batch["x1"])
         if value.dim() > 1 or (value.dim() == 1 and len(value) != len(t)):
             raise ValueError(
-                f"distance: must return ({len(t)},) losses or a 0-d tensor; got {tuple(value.shape)}"
+                f"distance: must return ({len(t)},) losses or a 0-d tensor; got "
+                f"{tuple(value.shape)}"
             )
         return value.mean()

@@ -110,7 +110,8 @@ class PairStore:
         missing = [n for n in range(count) if not shard_file(self.folder, n).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"pairs: {len(missing)} of {count} shards are missing in {self.folder}; finish them with "
+                f"pairs: {len(missing)} of {count} shards are missing in {self.folder}; finish "
+                f"them with "
                 "make_pairs(..., resume=True)"
             )
         shards = [

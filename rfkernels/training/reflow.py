@@ -18,7 +18,12 @@ from rfkernels.training.pairs import PairStore
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
 from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
-from rfkernels.training.train import check_label_dropout, describe_run, run_trainer
+from rfkernels.training.train import (
+    check_destination,
+    check_label_dropout,
+    describe_run,
+    run_trainer,
+)
 from rfkernels.training.trainer import RunResult, device_of
 
 __all__ = ["reflow"]
@@ -62,12 +67,13 @@ def reflow(
     labels = pair_labels(found, labels, config.pairs)
     check_flow(found, labels, config)
     check_label_dropout(found.model, config.train, labels is not None)
+    check_destination(config.train, run)
     if config.rounds == 1:
         return _round(found, config, 1, labels, run, resume, progress)
     with ExitStack() as stack:
         top = None
         if run is not None:
-            described = _described(found, config, labels, 0)
+            described = _described(found, labels, 0)
             description = describe_run("reflow", found.model, config, found.sample_shape, described)
             top = RunFolder(run, description, resume=resume)
             stack.callback(top.close)
@@ -80,9 +86,7 @@ def reflow(
     return result
 
 
-def _described(
-    teacher: Teacher, config: ReflowConfig | DistillConfig, labels: torch.Tensor | None, number: int
-) -> dict[str, object]:
+def _described(teacher: Teacher, labels: torch.Tensor | None, number: int) -> dict[str, object]:
     return {
         "round": number,
         "teacher_sha256": model_hash(teacher.model),
@@ -100,7 +104,7 @@ def _round(
     resume: bool,
     progress: bool,
 ) -> RunResult:
-    described = _described(teacher, config, labels, number)
+    described = _described(teacher, labels, number)
     with ExitStack() as stack:
         opened = None
         if run is not None:

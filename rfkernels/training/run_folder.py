@@ -20,10 +20,18 @@ __all__ = ["RunFolder", "read_config"]
 
 FORMAT = 1
 # Options that do not change the weights, so that a resumed run may have others.
-FREE = frozenset({
-    "log_every", "checkpoint_every", "keep_checkpoints", "holdout_every", "sample_every", "sample_steps",
-    "tensorboard", "num_threads",
-})  # fmt: skip
+FREE = frozenset(
+    {
+        "checkpoint_every",
+        "holdout_every",
+        "keep_checkpoints",
+        "log_every",
+        "num_threads",
+        "sample_every",
+        "sample_steps",
+        "tensorboard",
+    }
+)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -92,7 +100,8 @@ class RunFolder:
         if (self.path / "config.json").exists():
             if not resume:
                 raise FileExistsError(
-                    f"run: {self.path} holds a run already; give another folder, or resume=True to go on with it"
+                    f"run: {self.path} holds a run already; give another folder, or resume=True "
+                    f"to go on with it"
                 )
             found = _difference(read_config(self.path), described)
             if found:

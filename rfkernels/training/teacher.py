@@ -117,7 +117,8 @@ def check_flow(
     guided = config.guidance_scale is not None
     if guided and labels is None:
         raise ValueError(
-            f"guidance_scale: needs a conditional teacher or labels; got {config.guidance_scale} without"
+            f"guidance_scale: needs a conditional teacher or labels; got {config.guidance_scale} "
+            f"without"
         )
     device = device_of(teacher.model)
     x0 = randn(1, *teacher.sample_shape, seed=0, device=device)

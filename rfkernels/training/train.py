@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 
 import rfkernels.models as models
 from rfkernels.data import Data, as_dataset
-from rfkernels.flow.paths import get_path
-from rfkernels.training.config import TrainConfig, to_dict
+from rfkernels.training.config import TrainConfig
+from rfkernels.training.config_json import to_dict
+from rfkernels.training.files import tensors_sha256
 from rfkernels.training.objectives import FlowObjective, Objective
 from rfkernels.training.pictures import Pictures
 from rfkernels.training.run_folder import RunFolder
@@ -65,7 +67,10 @@ def train_flow(
     source_data = None if x0 is None else as_dataset(x0)
     device = check_model(model)
     _check_coupling(config, data, source_data)
+    check_destination(config, run)
     conditional = _is_conditional(model, data, config)
+    if conditional:
+        _check_labels(model, data)
     null_label = check_label_dropout(model, config, conditional)
     source = DataSource(
         data,
@@ -181,7 +186,8 @@ def check_model(model: nn.Module) -> torch.device:
 def _check_coupling(config: TrainConfig, data: Data, x0: Data | None) -> None:
     if x0 is not None and x0.sample_shape != data.sample_shape:
         raise ValueError(
-            f"x0: samples must have the shape of the data's, {data.sample_shape}; got {x0.sample_shape}"
+            f"x0: samples must have the shape of the data's, {data.sample_shape}; got "
+            f"{x0.sample_shape}"
         )
     if config.coupling != "given":
         return
@@ -204,6 +210,26 @@ def _is_conditional(model: nn.Module, data: Data, config: TrainConfig) -> bool:
     return config.conditional
 
 
+def _check_labels(model: nn.Module, data: Data) -> None:
+    """Class labels must be those that the network has, whose null label is the next one."""
+    classes, null_label = getattr(data, "num_classes", None), getattr(model, "null_label", None)
+    if classes is not None and isinstance(null_label, int) and classes > null_label:
+        raise ValueError(
+            f"data: labels must be below the network's num_classes, {null_label}; got {classes - 1}"
+        )
+
+
+def check_destination(config: TrainConfig, run: object) -> None:
+    """Options that write files need a run folder; TensorBoard must be there before a run begins."""
+    if run is None and (config.sample_every or config.tensorboard):
+        name = "sample_every" if config.sample_every else "tensorboard"
+        raise ValueError(f"{name}: writes files, so it needs run, a folder; got None")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError(
+            "tensorboard: it is not installed; install it with: pip install tensorboard"
+        )
+
+
 def check_label_dropout(
     model: nn.Module, config: TrainConfig, conditional: bool
 ) -> int | float | None:
@@ -213,11 +239,13 @@ def check_label_dropout(
         return null_label
     if not conditional:
         raise ValueError(
-            f"label_dropout: needs a conditional network and labels; got {config.label_dropout} without"
+            f"label_dropout: needs a conditional network and labels; got {config.label_dropout} "
+            f"without"
         )
     if null_label is None:
         raise ValueError(
-            "label_dropout: the network must say which label means none, in an attribute null_label; "
+            "label_dropout: the network must say which label means none, in an attribute "
+            "null_label; "
             f"{type(model).__name__} has none"
         )
     return null_label
@@ -250,4 +278,16 @@ def check_output(model: nn.Module, objective: Objective) -> None:
 
 
 def _data_of(data: Data) -> dict[str, Any]:
-    return {"name": data.name, "size": data.size, "seed": getattr(data, "seed", None)}
+    return {
+        "name": data.name,
+        "size": data.size,
+        "seed": getattr(data, "seed", None),
+        "sha256": None if data.size is None else _fingerprint(data),
+    }
+
+
+def _fingerprint(data: Data) -> str:
+    """SHA-256 of up to 4096 evenly spaced rows, so that a run is not resumed on other data."""
+    rows = torch.linspace(0, data.size - 1, min(data.size, 4096)).to(torch.int64)
+    x, labels = data.rows(rows)
+    return tensors_sha256({"x": x} if labels is None else {"x": x, "labels": labels})

@@ -111,7 +111,8 @@ class Trainer:
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = make_optimizer(self._parameters, config)
             self._ema = EMA(self.model, config.ema_decay)
-            step = self._restore()
+            restored = self._restore()
+            step = restored or 0
             board = None
             if config.tensorboard and self.run is not None:
                 board = self.run.path / "tensorboard"
@@ -124,7 +125,7 @@ class Trainer:
                 Bar(self.name, config.steps, start=step, show=self.progress)
             )
             guard = stack.enter_context(InterruptGuard())
-            if step == 0 and self.run is not None:
+            if restored is None and self.run is not None:
                 self._save(0)  # so that a run killed early resumes from the same initial weights
             self._loop(step, guard)
         return self._ema.model, self._metrics.entries
@@ -204,17 +205,20 @@ class Trainer:
         return total.item() / count
 
     def _refuse_divergence(self, step: int) -> None:
-        """A checkpoint of weights that are not finite would replace the good ones."""
-        if not math.isfinite(self._loss_sum.item()):
+        """A checkpoint of weights that are not finite would in time replace the good ones."""
+        norms = torch.stack(torch._foreach_norm(self._parameters)).float()
+        if not math.isfinite((norms.sum() + self._loss_sum).item()):
             self._diverged(step)
 
     def _diverged(self, step: int) -> None:
         kept = ""
         if self.run is not None:
-            kept = f"; the last good checkpoint is step {checkpoints.steps_on_disk(self.run.checkpoints)[-1]}"
+            good = checkpoints.steps_on_disk(self.run.checkpoints)
+            kept = f"; the last good checkpoint is step {good[-1]}" if good else ""
         raise TrainingDivergedError(
             f"{self.name}: the loss stopped being finite before step {step}{kept}. "
-            f"Lower learning_rate ({self.config.learning_rate:g}), raise warmup_steps, or look for NaN in the data"
+            f"Lower learning_rate ({self.config.learning_rate:g}), raise warmup_steps, or look "
+            f"for NaN in the data"
         )
 
     def _save(self, step: int) -> None:
@@ -237,17 +241,18 @@ class Trainer:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{self.name}: cannot write the checkpoint of step {step} to {self.run.checkpoints} "
+                f"{self.name}: cannot write the checkpoint of step {step} to "
+                f"{self.run.checkpoints} "
                 f"({error.strerror or error}); free some space and go on with resume=True",
             ) from error
 
-    def _restore(self) -> int:
-        """Loads the newest whole checkpoint of the run; returns its step, 0 when there is none."""
+    def _restore(self) -> int | None:
+        """Loads the newest whole checkpoint of the run; returns its step, None without one."""
         if self.run is None or not self.run.resumed:
-            return 0
+            return None
         found = checkpoints.latest(self.run.checkpoints)
         if found is None:
-            return 0
+            return None
         self.model.load_state_dict(found.tensors("model"))
         self._ema.model.load_state_dict(found.tensors("ema"))
         load_optimizer(self.model, self._optimizer, found.tensors("optimizer"))
@@ -265,7 +270,8 @@ class Trainer:
             self._refuse_divergence(step)
             self._save(step)
         raise KeyboardInterrupt(
-            f"{self.name}: stopped after step {step} and saved; go on with resume=True (--resume) and the "
+            f"{self.name}: stopped after step {step} and saved; go on with resume=True "
+            f"(--resume) and the "
             f"same options on {self.run.path}"
         )
 
