@@ -14,17 +14,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 __all__ = ["Bar"]
 
-_REFRESH = 0.2  # seconds; an update costs some 20 us, a step of a small network not much more than a millisecond
+# Seconds. An update costs some 20 us, a step of a small network not much more than a millisecond.
+_REFRESH = 0.2
 
 
 class Bar:
