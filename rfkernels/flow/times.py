@@ -2,7 +2,8 @@
 
 Draws are counter-based: a function of (seed, offset) alone, one random number per time, through the
 exact inverse of the distribution function wherever there is one. Give the times a seed of their
-own, ``derive_seed(run_seed, "time")``. Draws are float32 and never exactly 0 or 1.
+own, ``derive_seed(run_seed, "time")``. Draws are float32 and never exactly 0 or 1, so that paths
+with a singular end can take them.
 
 Papers that count time from the data (FLUX, SD3, MeanFlow, 2-rectified flow++) write s = 1 - t.
 The U-shaped, mode and cosmap distributions are symmetric, so nothing changes for them; each other
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from rfkernels.ops.random import rand, randn
 
-# The draws' ends: the float32 numbers next to 0 and 1 that a 24-bit uniform can tell apart.
+# Draws stay within these float32 numbers, half a step of a 24-bit uniform inside 0 and 1.
 _SMALLEST, _LARGEST = 2.0**-25, 1 - 2.0**-24
 
 
@@ -52,8 +53,8 @@ class TimeDistribution(ABC):
     def pdf(self, t: Tensor | float) -> Tensor:
         """The density at t, float64, t's shape; 0 outside [0, 1]."""
         times = torch.as_tensor(t, dtype=torch.float64)
-        inside = (times >= 0) & (times <= 1)
-        return torch.where(inside | times.isnan(), self._pdf(times.clamp(0, 1)), 0.0)
+        density = torch.where((times < 0) | (times > 1), 0.0, self._pdf(times.clamp(0, 1)))
+        return torch.where(times.isnan(), times, density)
 
     def cdf(self, t: Tensor | float) -> Tensor:
         """The probability of a time at most t, float64, t's shape."""
@@ -99,7 +100,7 @@ class Uniform(TimeDistribution):
 
     def _pdf(self, t: Tensor) -> Tensor:
         inside = (t >= self.eps) & (t <= self.t_end)
-        return torch.where(inside | t.isnan(), t * 0 + 1 / (self.t_end - self.eps), 0.0)
+        return torch.where(inside, 1 / (self.t_end - self.eps), 0.0).to(t)
 
     def _cdf(self, t: Tensor) -> Tensor:
         return ((t - self.eps) / (self.t_end - self.eps)).clamp(0, 1)
@@ -164,7 +165,7 @@ class UShaped(TimeDistribution):
 
     def _pdf(self, t: Tensor) -> Tensor:
         if self.a == 0:
-            return t * 0 + 1
+            return torch.ones_like(t)
         return self.a * torch.cosh(self.a * (t - 0.5)) / (2 * math.sinh(self.a / 2))
 
     def _cdf(self, t: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 # Numbers in one block of distances: 32 MiB in float64, so that 20 000 x 20 000 pairs fit anywhere.
 _BLOCK = 2**22
-# Up to this many multiplications the distances are summed coordinate by coordinate; beyond it by a
-# matrix product, whose cancellation leaves about 1e-8 of the data's scale where points coincide.
-_EXACT_WORK = 2**31
+# Up to this many multiplications, under a second, distances are summed coordinate by coordinate.
+# Beyond it by a matrix product, many times faster in high dimension, whose cancellation leaves
+# about 1e-8 of the data's scale where points coincide.
+_EXACT_WORK = 2**28
 
 
 def as_matrix(owner: str, name: str, x: Tensor, minimum: int = 1) -> Tensor:

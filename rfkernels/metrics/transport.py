@@ -66,7 +66,8 @@ def straightness(
     # Welford's recurrence: the spread of the velocities around their mean, which is Z1 - Z0,
     # without keeping them and without the cancellation of a difference of squares.
     for step in range(steps):
-        v = _evaluate("straightness", velocity, x, step / steps, condition)
+        t = torch.full((len(x),), step / steps, dtype=_time_dtype(x), device=x.device)
+        v = _evaluate("straightness", velocity, x, t, condition)
         deviation = v.reshape(flat.shape).to(flat) - mean
         mean += deviation / (step + 1)
         spread += deviation.square().sum() * (step / (step + 1))
@@ -126,7 +127,8 @@ def crossing(
         x0, x1: (B, ...) pairs of source and data.
         draws: times per pair, at least 1.
         seed: of the times.
-        path: the path between the pairs; its target takes the place of x1 - x0.
+        path: the path between the pairs; its target takes the place of x1 - x0. On the VP path the
+            integral diverges at t = 1.
         condition: keyword arguments of the velocity.
 
     Raises:
@@ -142,8 +144,8 @@ def crossing(
         t = (draw + uniform) / draws
         point = interpolate(x1, t, x0=x0, path=path)
         v = _evaluate("crossing", velocity, point.xt, t, condition)
-        residual = as_matrix("crossing", "x1", point.target) - as_matrix("crossing", "x1", v)
-        total += residual.square().sum().item()
+        target = as_matrix("crossing", "target", point.target)
+        total += (target - as_matrix("crossing", "velocity", v)).square().sum().item()
     return total / (draws * len(x1))
 
 
@@ -208,12 +210,11 @@ def _evaluate(
     owner: str,
     velocity: Velocity,
     x: Tensor,
-    t: Tensor | float,
+    t: Tensor,
     condition: Mapping[str, Any] | None,
 ) -> Tensor:
-    """The velocity at (x, t), t expanded to (B,), its shape checked."""
-    times = torch.as_tensor(t, dtype=_time_dtype(x), device=x.device).expand(len(x))
-    v = velocity(x, times, **(condition or {}))
+    """The velocity at x (B, ...) and t (B,), its shape checked."""
+    v = velocity(x, t, **(condition or {}))
     if not isinstance(v, Tensor) or v.shape != x.shape:
         got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise ValueError(

@@ -84,6 +84,8 @@ def test_the_density_is_the_derivative_of_the_distribution_function(distribution
     assert distribution.cdf(1.0).item() == distribution.cdf(1.5).item()
     assert distribution.cdf(1.0).item() == pytest.approx(1, abs=1e-15)
     assert distribution.pdf(torch.tensor([-0.1, 1.1])).tolist() == [0, 0]
+    assert distribution.pdf(math.nan).isnan()
+    assert distribution.cdf(math.nan).isnan()
 
 
 @pytest.mark.parametrize(("distribution", "cdf"), INDEPENDENT, ids=lambda v: repr(v)[:24])
