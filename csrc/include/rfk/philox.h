@@ -26,7 +26,9 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
 // Ten rounds in place: c0..c3 counter in, words out.
 RFK_HD void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
-#if defined(__CUDACC__) || defined(__GNUC__)
+#if defined(__CUDACC__)
+#pragma unroll
+#elif defined(__GNUC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
