@@ -74,6 +74,8 @@ class Field:
 
     def start(self, x0: Tensor) -> State:
         """The state at the caller's tensor."""
+        if 0 in x0.stride():  # expanded: no memory of its own, which forward derivatives refuse
+            x0 = x0.contiguous()
         return State(x0.to(self.state_dtype), x0)
 
     def time(self, t: float, state: State) -> Tensor:

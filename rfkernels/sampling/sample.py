@@ -147,9 +147,9 @@ def invert(
 
     Takes the arguments of :func:`sample`, the ascending grid included, which is walked from its end
     to its start; so ``invert`` after ``sample`` with the same arguments returns to x0 up to the
-    error of the solver. On the way back the leading error of a one-step solver of even order
-    (midpoint, heun, taylor, rk4) cancels, so that a round trip has one order more than a single
-    trip. ``SampleInfo.times`` descends, and ``trajectory[0]`` is x1.
+    error of the solver. The leading error of a solver of even order, all but euler and dopri5,
+    cancels on the way back, so that their round trip has one order more than a single trip.
+    ``SampleInfo.times`` descends, and ``trajectory[0]`` is x1.
 
     Returns:
         (B, ...) the state at ``t_start`` in the dtype of x1, or a :class:`SampleInfo`.
