@@ -57,7 +57,8 @@ def load_arrays(file: str | Path) -> Dataset:
     if file.suffix != ".npz":
         raise ValueError(f"{file}: must end in .npz or .safetensors")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        # The stream is ours to close: numpy leaves it open when the archive is torn.
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("x", "labels") if key in archive.files}
             found = archive.files
     except (ValueError, zipfile.BadZipFile, EOFError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rfkernels.flow.paths import LinearPath, get_path
+from rfkernels.flow.times import get_time_distribution
 
 __all__ = ["DistillConfig", "OwnObject", "ReflowConfig", "TrainConfig"]
 
@@ -216,6 +217,10 @@ class TrainConfig:
             _require(
                 value in choices, name, f"must be one of {', '.join(map(str, choices))}", value
             )
+        if not isinstance(self.path, OwnObject):
+            get_path(self.path)
+        if not isinstance(self.time_distribution, OwnObject):
+            get_time_distribution(self.time_distribution)
 
 
 def _check_pairs(config: ReflowConfig | DistillConfig) -> None:

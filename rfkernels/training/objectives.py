@@ -99,7 +99,11 @@ class FlowObjective(_OnSource):
         super().__init__(source, config, null_label)
         self._times = get_time_distribution(config.time_distribution)
         self._time_seed = derive_seed(config.seed, "time")
-        self._time_max = getattr(get_path(config.path), "t_end", 1.0) if config.time_max is None else config.time_max
+        self._time_max = (
+            getattr(get_path(config.path), "t_end", 1.0)
+            if config.time_max is None
+            else config.time_max
+        )
 
     def batch(self, step: int) -> Batch:
         draw = self._draw(step)

@@ -1,0 +1,12 @@
+"""The networks of these tests are so small that a second thread only costs; one thread also fixes their bits."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

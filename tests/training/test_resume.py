@@ -1,0 +1,241 @@
+"""Interruption: killed at any moment, or stopped by Ctrl-C, a resumed run ends with the same weights, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rfkernels import models
+from rfkernels.data import toy
+from rfkernels.training import TrainConfig, read_metrics, train_flow
+
+CONFIG = {"steps": 20, "batch_size": 8, "log_every": 3, "checkpoint_every": 5, "label_dropout": 0.2}
+
+
+def network():
+    return models.build(
+        "mlp", seed=1, sample_shape=(2,), width=16, depth=1, num_classes=2, dropout=0.2
+    )
+
+
+def run(folder, resume=False, model=None, **options):
+    config = TrainConfig(**{**CONFIG, **options})
+    return train_flow(model or network(), toy("moons", 50), config, run=folder, resume=resume)
+
+
+def state(result):
+    return {
+        **result.model.state_dict(),
+        **{f"ema.{n}": v for n, v in result.ema.state_dict().items()},
+    }
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+class Stopping(models.MLPVelocity):
+    """Stops the process's main thread in the forward pass of a training step."""
+
+    def __init__(self, at, how):
+        super().__init__((2,), 16, 1, 2, 0.2)
+        self.load_state_dict(network().state_dict())
+        self.at, self.how, self.calls = at, how, 0
+
+    def forward(self, x, t, y=None):
+        self.calls += self.training
+        if self.training and self.calls == self.at:
+            self.how()
+        return super().forward(x, t, y)
+
+
+class Power(Exception):
+    """Stands for a death in the middle of a step."""
+
+
+def cut():
+    raise Power
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 14, 20])
+def test_resumed_in_process(tmp_path, at):
+    whole = run(tmp_path / "whole", model=Stopping(99, cut))
+    with pytest.raises(Power):
+        run(tmp_path / "cut", model=Stopping(at, cut))
+    # The weights come from the checkpoint: the resumed network may start from others.
+    fresh = Stopping(99, cut)
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.fill_(0.5)
+    resumed = run(tmp_path / "cut", resume=True, model=fresh)
+    assert_same(state(whole), state(resumed))
+    for name in ("model", "ema", "optimizer"):
+        last = "checkpoints/step-20/" + name + ".safetensors"
+        assert_same(load_file(tmp_path / "whole" / last), load_file(tmp_path / "cut" / last))
+    # The metrics too, but for the clock; every line once.
+    for a, b in zip(whole.metrics, resumed.metrics, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_resuming_a_finished_run_returns_it(tmp_path):
+    whole = run(tmp_path / "a")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "checkpoints").rglob("*")}
+    again = run(tmp_path / "a", resume=True)
+    assert_same(state(whole), state(again))
+    assert again.metrics == whole.metrics
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "checkpoints").rglob("*")}
+
+
+def test_other_data_or_options_are_not_resumed(tmp_path):
+    run(tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=r"resume: .* was begun with other options: config.steps is 20"
+    ):
+        run(tmp_path / "a", resume=True, steps=21)
+    config = TrainConfig(**CONFIG)
+    with pytest.raises(ValueError, match=r"other options: data\.seed|other options: data\.sha256"):
+        train_flow(network(), toy("moons", 50, seed=1), config, run=tmp_path / "a", resume=True)
+    wide = models.build("mlp", sample_shape=(2,), width=8, depth=1, num_classes=2, dropout=0.2)
+    with pytest.raises(ValueError, match=r"model.options.width is 16 in the run and 8 now"):
+        train_flow(wide, toy("moons", 50), config, run=tmp_path / "a", resume=True)
+
+
+def test_damaged_newest_checkpoint_resumes_from_the_one_before(tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "a")
+    (tmp_path / "a" / "checkpoints" / "step-20" / "ema.safetensors").write_bytes(b"gone")
+    with pytest.warns(UserWarning, match=r"ema.safetensors is damaged.*using .*step-15"):
+        resumed = run(tmp_path / "a", resume=True)
+    assert_same(state(whole), state(resumed))
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_saves_between_steps_and_says_how_to_go_on(tmp_path):
+    whole = run(tmp_path / "whole", model=Stopping(99, cut))
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped after step 7 and saved; go on with resume=True"
+    ):
+        run(tmp_path / "a", model=Stopping(7, press))
+    assert (tmp_path / "a" / "checkpoints" / "step-7" / "state.json").is_file()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(state(whole), state(run(tmp_path / "a", resume=True, model=Stopping(99, cut))))
+
+
+def test_second_ctrl_c_stops_at_once(tmp_path):
+    def twice():
+        press()
+        press()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", model=Stopping(7, twice))
+    assert not (tmp_path / "a" / "checkpoints" / "step-7").exists()
+
+
+def test_without_a_folder_ctrl_c_says_that_nothing_is_kept():
+    with pytest.raises(KeyboardInterrupt, match="without a run folder nothing is kept"):
+        run(None, model=Stopping(7, press))
+
+
+def test_training_works_in_another_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path / "a")))
+    thread.start()
+    thread.join()
+    assert results[0].metrics[-1]["step"] == 20
+
+
+def test_torn_metrics_line_is_dropped(tmp_path):
+    run(tmp_path / "a")
+    file = tmp_path / "a" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 21, "lo')
+    assert [e["step"] for e in read_metrics(file)] == [3, 6, 9, 12, 15, 18, 20]
+    run(tmp_path / "a", resume=True)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()][-1] == 20
+
+
+# Trains, straightens and distils; what a user would start again after a power cut.
+PROGRAM = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from rfkernels import models
+from rfkernels.data import toy
+from rfkernels.training import (
+    DistillConfig, ReflowConfig, TrainConfig, distill, reflow, train_flow)
+
+def program(folder):
+    small = dict(batch_size=8, checkpoint_every=6, log_every=5, label_dropout=0.2)
+    model = models.build("mlp", seed=1, sample_shape=(2,), width=16, depth=1, num_classes=2, dropout=0.2)
+    train_flow(model, toy("moons", 50), TrainConfig(steps=45, **small), run=f"{folder}/first", resume=True)
+    config = ReflowConfig(pairs=64, pair_batch=4, pair_steps=3, guidance_scale=2.0,
+                          train=TrainConfig(steps=30, **small))
+    reflow(f"{folder}/first", config, run=f"{folder}/second", resume=True)
+    config = DistillConfig(k=2, train=TrainConfig(steps=20, **small))
+    distill(f"{folder}/second", config, pairs=f"{folder}/second/pairs", run=f"{folder}/third", resume=True)
+
+def fork(folder):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            program(folder)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+root, rng, kills = sys.argv[1], random.Random(0), 0
+program(f"{root}/warm")  # imports and caches, so that the delays below fall into the run itself
+start = time.monotonic()
+assert os.waitpid(fork(f"{root}/whole"), 0)[1] == 0
+lasted = time.monotonic() - start
+while True:
+    child = fork(f"{root}/killed")
+    deadline = time.monotonic() + rng.uniform(0.02, 0.35) * lasted
+    done = 0
+    while not done and time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.0005)
+    if done:
+        assert status == 0, status
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    if kills == 60:
+        assert os.waitpid(fork(f"{root}/killed"), 0)[1] == 0
+        break
+print(kills)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments(tmp_path):
+    """kill -9 again and again: every weight, average, moment and pair is that of a run never killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors"))
+    assert len(files) > 30
+    # Checkpoints at the same steps, pairs in the same shards, nothing half-written among them.
+    assert files == sorted(p.relative_to(killed) for p in killed.rglob("*.safetensors"))
+    for file in files:
+        assert_same(load_file(whole / file), load_file(killed / file))
+    for part in ("first", "second", "third"):
+        lines = [read_metrics(root / part / "metrics.jsonl") for root in (whole, killed)]
+        for a, b in zip(*lines, strict=True):
+            assert {**a, "seconds": 0} == {**b, "seconds": 0}
