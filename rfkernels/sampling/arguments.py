@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfkernels._dispatch import transforms_active
 from rfkernels.sampling.field import Field
 from rfkernels.sampling.grids import check_times, get_grid
 from rfkernels.sampling.run import Solver
@@ -129,7 +130,9 @@ def make_field(
 
 
 def wants_gradients(x: Tensor, field: Field) -> bool:
-    """Whether grad mode is on and a tensor of the call, parameters aside, requires grad."""
+    """Whether torch.func is at work, or a tensor of the call (not a parameter) requires grad."""
+    if transforms_active():
+        return True
     if not torch.is_grad_enabled():
         return False
     given = (x, field.guidance_scale, *field.condition.values(), *field.uncondition.values())

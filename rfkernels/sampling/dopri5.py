@@ -162,7 +162,7 @@ class _Batch:
 
     def on_device(self, values: Tensor) -> Tensor:
         """CPU float64 numbers as the times' dtype on the samples' device."""
-        return values.to(self.state.x.device, self.field.state_dtype)
+        return values.to(self.field.state_dtype).to(self.state.x.device)
 
     def attempt(self) -> None:
         """Try one step of every row, keep what is accurate enough, choose the next steps."""
@@ -306,7 +306,7 @@ class _Batch:
                 size = torch.maximum(size, other.x.abs())
             ratio = (values / (size * self.solver.rtol + self.solver.atol)).flatten(1)
             mean = _row_sums(ratio * ratio) / ratio.shape[1]
-            return mean.to("cpu", torch.float64).sqrt()
+            return mean.cpu().double().sqrt()
 
     def _first_step(self) -> Tensor:
         """(B,) first steps: small against x / v, and against the curvature that one more evaluation

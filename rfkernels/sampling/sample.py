@@ -71,7 +71,7 @@ def sample(
     Gradients are recorded when grad mode is on and one of the tensors given here requires grad: x0,
     ``guidance_scale`` or a value of the conditions. Parameters of the velocity alone do not count
     (else sampling a model would keep every step's activations): to differentiate with respect to
-    them, pass ``x0.requires_grad_()``.
+    them, pass ``x0.requires_grad_()``. Inside ``torch.func`` transforms they always are.
 
     Args:
         velocity: ``velocity(x, t, **condition)`` with x (B, ...) and t (B,) float32 (float64 when

@@ -50,7 +50,7 @@ def test_the_coefficients_are_those_of_scipy():
     np.testing.assert_array_equal(dopri5._DENSE, RK45.P[[*kept, 6]])
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-9])
 def test_scipy_takes_the_same_path(tolerance):
     x0 = torch.from_numpy(np.random.default_rng(1).standard_normal((6, 2)))
     info = sample(

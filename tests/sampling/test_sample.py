@@ -251,6 +251,22 @@ def test_gradients_when_an_argument_asks_for_them(solver):
         assert not run(x0, scale).requires_grad
 
 
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_torch_func_differentiates_the_whole_run(solver):
+    """dx/dt = t - x is linear: every element is multiplied by the same number."""
+    x0 = torch.randn(3, 2, dtype=torch.float64)
+
+    def run(x):
+        return sample(Counting(), x, steps=3, solver=solver)
+
+    factor = (run(x0 + 1) - run(x0)).mean()
+    _, forward = torch.func.jvp(run, (x0,), (torch.ones_like(x0),))
+    reverse = torch.func.grad(lambda x: run(x).sum())(x0)
+    tolerance = 1e-4 if solver == "dopri5" else 1e-9
+    for gradient in (forward, reverse):
+        torch.testing.assert_close(gradient, factor.expand(3, 2), rtol=0, atol=tolerance)
+
+
 def test_inference_mode(x0):
     with torch.inference_mode():
         for solver in ALL:
