@@ -29,6 +29,8 @@ __host__ __device__ __forceinline__ int item_size(int dtype) {
   return dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : 2;
 }
 
+#define RFK_NOINLINE __attribute__((noinline))
+
 // Shared memory whose size the launch gives.
 #if !defined(RFK_CUDA_EMULATION)
 #define RFK_DYNAMIC_SHARED(Type, name)                           \
@@ -268,12 +270,12 @@ struct Rows {
   int64_t elements;    // of one sample
   int64_t samples;
   int32_t per_sample;  // 0: every element counts as sample 0
-  int32_t split;       // packs may span samples
 };
 
-inline Rows rows(const Space& space, bool per_sample, int pack) {
-  return {space.per_sample, space.samples, per_sample, per_sample && space.per_sample % pack != 0};
-}
+inline Rows rows(const Space& space, bool per_sample) { return {space.per_sample, space.samples, per_sample}; }
+
+// With per-sample arguments the packed kernels want every pack inside one sample.
+inline bool whole_packs(const Rows& rows, int pack) { return !rows.per_sample || rows.elements % pack == 0; }
 
 // One pack, or one element: its linear index, its sample and its index in the sample.
 struct Spot {
@@ -307,20 +309,13 @@ __device__ __forceinline__ Spot advance(const Rows& rows, const Spot& start, int
   return spot;
 }
 
-// at(sample) for the N elements of a pack.
-template <int N, class C, class At>
-__device__ __forceinline__ void spread(const Rows& rows, const Spot& spot, const At& at, C (&out)[N]) {
-  C current = at(spot.sample);
-  int64_t sample = spot.sample, rest = spot.rest;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    out[j] = current;
-    if (rows.split && ++rest == rows.elements) {
-      rest = 0;
-      ++sample;
-      if (j + 1 < N && sample < rows.samples) current = at(sample);
-    }
-  }
+// The last block sees to the numel % N elements behind the last whole pack (limit is where they begin); its first threads
+// take one each. They lie in its tile, as tiles are counted over all elements.
+__device__ __forceinline__ bool holds_tail() { return blockIdx.x == gridDim.x - 1; }
+
+template <int kTile>
+__device__ __forceinline__ Spot tail_spot(const Rows& rows, const Spot& start, int64_t limit, int64_t numel) {
+  return advance<kTile>(rows, start, static_cast<int>(limit - start.index) + static_cast<int>(threadIdx.x), numel);
 }
 
 // The memory offsets of the element at linear position `position`, for the first `used` operands.
@@ -410,35 +405,14 @@ __device__ __forceinline__ Four draw(const Noise& noise, const Stream& stream, i
 
 // One number by itself (tails).
 template <bool kUniform>
-__device__ __forceinline__ float draw_one(const Noise& noise, int64_t sample, int64_t index) {
-  return draw<kUniform>(noise, stream_of(noise, sample), index >> 2).lane(index);
+__device__ __forceinline__ float draw_one(const Noise& noise, const Spot& spot) {
+  const int64_t index = noise.per_sample ? spot.rest : spot.index;
+  return draw<kUniform>(noise, stream_of(noise, noise.per_sample ? spot.sample : 0), index >> 2).lane(index);
 }
 
-// The numbers of N consecutive elements, the first at `index` of sample `sample`. With wrap > 0 the index restarts after
-// `wrap` elements and the next sample begins.
+// The numbers of N elements from `index` of the sample on; index is a multiple of four.
 template <int N, bool kUniform>
-__device__ __forceinline__ void draw_walk(const Noise& noise, int64_t sample, int64_t index, int64_t wrap,
-                                          int64_t samples, float (&z)[N]) {
-  Stream stream = stream_of(noise, sample);
-  Four four = draw<kUniform>(noise, stream, index >> 2);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    z[j] = four.lane(index);
-    ++index;
-    if (j + 1 == N) break;
-    const bool next = wrap > 0 && index == wrap;
-    if (next) {
-      index = 0;
-      ++sample;
-      if (sample >= samples) sample = 0;
-      stream = stream_of(noise, sample);
-    }
-    if (next || (index & 3) == 0) four = draw<kUniform>(noise, stream, index >> 2);
-  }
-}
-
-template <int N, bool kUniform>
-__device__ __forceinline__ void draw_whole(const Noise& noise, int64_t sample, int64_t index, float (&z)[N]) {
+__device__ __forceinline__ void draw_run(const Noise& noise, int64_t sample, int64_t index, float (&z)[N]) {
   const Stream stream = stream_of(noise, sample);
 #pragma unroll
   for (int j = 0; j < N; j += 4) {
@@ -450,16 +424,10 @@ __device__ __forceinline__ void draw_whole(const Noise& noise, int64_t sample, i
   }
 }
 
-// The numbers of a pack of a contiguous tensor.
+// The numbers of a pack of a contiguous tensor; packs lie inside samples.
 template <int N, bool kUniform>
-__device__ __forceinline__ void draw_pack(const Noise& noise, const Rows& rows, const Spot& spot, float (&z)[N]) {
-  if (!noise.per_sample) {
-    draw_whole<N, kUniform>(noise, 0, spot.index, z);
-  } else if (!rows.split) {
-    draw_whole<N, kUniform>(noise, spot.sample, spot.rest, z);
-  } else {
-    draw_walk<N, kUniform>(noise, spot.sample, spot.rest, rows.elements, rows.samples, z);
-  }
+__device__ __forceinline__ void draw_pack(const Noise& noise, const Spot& spot, float (&z)[N]) {
+  draw_run<N, kUniform>(noise, noise.per_sample ? spot.sample : 0, noise.per_sample ? spot.rest : spot.index, z);
 }
 
 // One number after another, remembering the last counter (strided kernels).
@@ -467,6 +435,10 @@ template <bool kUniform>
 struct NumberCache {
   Four four;
   int64_t sample = -1, counter = -1;
+
+  __device__ __forceinline__ float at(const Noise& noise, const Spot& spot) {
+    return at(noise, noise.per_sample ? spot.sample : 0, noise.per_sample ? spot.rest : spot.index);
+  }
 
   __device__ __forceinline__ float at(const Noise& noise, int64_t in_sample, int64_t index) {
     if (index >> 2 != counter || in_sample != sample) {

@@ -139,11 +139,10 @@ __global__ void __launch_bounds__(kThreads) loss_dense(const __grid_constant__ L
     unpack<T, N>(raw_t[u], p.target.dtype, target);
     if constexpr (kNoise) {
       float z[N];
-      // Outside the segment: any counter, the number is not used. A sample that starts inside a counter (d % 4 != 0) does
-      // not come here, so a pack always begins a counter.
+      // d is a multiple of the pack, so a pack begins a counter. Outside the segment the numbers are not used.
       const int64_t at = (u * kThreads + thread) * N;
       const int64_t index = p.noise.per_sample ? first + at : base + at;
-      draw_whole<N, false>(p.noise, p.noise.per_sample ? sample : 0, index, z);
+      draw_run<N, false>(p.noise, p.noise.per_sample ? sample : 0, index, z);
 #pragma unroll
       for (int j = 0; j < N; ++j) target[j] = target[j] - static_cast<C>(z[j]);
     } else if (p.rebuilt) {

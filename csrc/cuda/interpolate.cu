@@ -6,7 +6,7 @@
 // rounded to C. Elements with x0 drawn: 12 bytes in float32 (read x1, write xt and target), 16 with x0 given.
 //
 // Layouts as in ode_step.cu: packs for contiguous tensors, element by element otherwise. The order of samples is kept, so
-// a block meets the samples from its first element's on and needs at most (tile - 2) / elements_per_sample + 2 of them.
+// a block meets the samples from its first element's on and needs at most (tile - 2) / elements_per_sample + 2 of them (16 KiB of table at worst in float, 32 in double).
 #include "cuda/common.cuh"
 #include "rfk/paths.h"
 
@@ -41,7 +41,7 @@ struct StridedInterpolation {
 constexpr int kOperands = 5;
 
 template <class C>
-__device__ __forceinline__ Coefficients<C> coefficients_of(const Interpolation<C>& p, int64_t sample) {
+__device__ RFK_NOINLINE Coefficients<C> coefficients_of(const Interpolation<C>& p, int64_t sample) {
   if (p.path == RFK_PATH_CUSTOM) {
     return {p.custom[0].at(sample), p.custom[1].at(sample), p.custom[2].at(sample), p.custom[3].at(sample)};
   }
@@ -56,6 +56,17 @@ __device__ __forceinline__ void fill_table(const Interpolation<C>& p, int64_t fi
     if (first_sample + i < p.rows.samples || !p.rows.per_sample) table[i] = coefficients_of(p, first_sample + i);
   }
   __syncthreads();
+}
+
+// One element of a contiguous call; not inlined, to keep it out of the registers and the compile time of every kernel.
+template <class C>
+__device__ RFK_NOINLINE void interpolate_tail(const Interpolation<C>& p, const Spot& spot, const Coefficients<C>& c) {
+  const C x1 = load_element<C>(p.x1.data, p.x1.dtype, spot.index);
+  const C x0 = p.x0.data == nullptr ? static_cast<C>(draw_one<false>(p.noise, spot))
+                                    : load_element<C>(p.x0.data, p.x0.dtype, spot.index);
+  store_element(p.xt.data, p.xt.dtype, spot.index, c.sigma * x0 + c.alpha * x1);
+  store_element(p.target.data, p.target.dtype, spot.index, c.dsigma * x0 + c.dalpha * x1);
+  if (p.x0_out.data != nullptr) store_element(p.x0_out.data, p.x0_out.dtype, spot.index, x0);
 }
 
 // D: dtype of every tensor.
@@ -88,36 +99,26 @@ __global__ void __launch_bounds__(kThreads) interpolate_dense(const __grid_const
     unpack<D, N>(raw_x1[u], p.x1.dtype, x1);
     if constexpr (kNoise) {
       float z[N];
-      draw_pack<N, false>(p.noise, p.rows, spot[u], z);
+      draw_pack<N, false>(p.noise, spot[u], z);
 #pragma unroll
       for (int j = 0; j < N; ++j) x0[j] = static_cast<C>(z[j]);
     } else {
       unpack<D, N>(raw_x0[u], p.x0.dtype, x0);
     }
-    Coefficients<C> c[N];
-    spread(p.rows, spot[u], [&](int64_t s) { return table[s - start.sample]; }, c);
+    const Coefficients<C> c = table[spot[u].sample - start.sample];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      xt[j] = c[j].sigma * x0[j] + c[j].alpha * x1[j];
-      target[j] = c[j].dsigma * x0[j] + c[j].dalpha * x1[j];
+      xt[j] = c.sigma * x0[j] + c.alpha * x1[j];
+      target[j] = c.dsigma * x0[j] + c.dalpha * x1[j];
     }
     store_pack<D, N>(p.xt.data, p.xt.dtype, spot[u].index, xt);
     store_pack<D, N>(p.target.data, p.target.dtype, spot[u].index, target);
     if (p.x0_out.data != nullptr) store_pack<D, N>(p.x0_out.data, p.x0_out.dtype, spot[u].index, x0);
   }
 
-  // The last numel % N elements. Their sample need not be in the table.
-  const int64_t index = limit + thread;
-  if (blockIdx.x == gridDim.x - 1 && index < p.numel) {
-    const Spot tail = tile_start(p.rows, index);
-    const Coefficients<C> c = coefficients_of(p, tail.sample);
-    const C x1 = load_element<C>(p.x1.data, p.x1.dtype, index);
-    const C x0 = kNoise ? static_cast<C>(draw_one<false>(p.noise, tail.sample, p.noise.per_sample ? tail.rest : index))
-                        : load_element<C>(p.x0.data, p.x0.dtype, index);
-    store_element(p.xt.data, p.xt.dtype, index, c.sigma * x0 + c.alpha * x1);
-    store_element(p.target.data, p.target.dtype, index, c.dsigma * x0 + c.dalpha * x1);
-    if (p.x0_out.data != nullptr) store_element(p.x0_out.data, p.x0_out.dtype, index, x0);
-  }
+  if (!holds_tail()) return;
+  const Spot tail = tail_spot<kTile>(p.rows, start, limit, p.numel);
+  if (tail.inside) interpolate_tail(p, tail, table[tail.sample - start.sample]);
 }
 
 template <class C>
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) interpolate_strided(const __grid_con
     offsets(q.space, kOperands, spot.index, at);
     const Coefficients<C> c = table[spot.sample - start.sample];
     const C x1 = load_element<C>(p.x1.data, p.x1.dtype, at[0]);
-    const C x0 = noise ? static_cast<C>(numbers.at(p.noise, spot.sample, p.noise.per_sample ? spot.rest : spot.index))
+    const C x0 = noise ? static_cast<C>(numbers.at(p.noise, spot))
                        : load_element<C>(p.x0.data, p.x0.dtype, at[1]);
     store_element(p.xt.data, p.xt.dtype, at[2], c.sigma * x0 + c.alpha * x1);
     store_element(p.target.data, p.target.dtype, at[3], c.dsigma * x0 + c.dalpha * x1);
@@ -157,8 +158,7 @@ void run_dense(Launcher& launcher, Interpolation<C>& call, bool noise) {
   constexpr int kTile = kThreads * kUnroll * N;
   call.entries = table_entries(call.rows, kTile);
   const int64_t shared = static_cast<int64_t>(call.entries) * static_cast<int64_t>(sizeof(Coefficients<C>));
-  const int64_t full = blocks_for(call.numel / N, kThreads * kUnroll);
-  const int64_t blocks = full > 0 ? full : 1;
+  const int64_t blocks = blocks_for(call.numel, kTile);
   if (noise) {
     launcher.run(interpolate_dense<C, D, N, true>, call, blocks, shared);
   } else {
@@ -197,15 +197,16 @@ rfk_status run(const rfk_device& device, const rfk_tensor* const* operands, cons
 
   const int dtype = common_dtype(operands, kOperands);
   const bool halves = dtype == RFK_BFLOAT16 || dtype == RFK_FLOAT16;
-  const int pack = halves && packable(strided.space, operands, kOperands, 8) ? 8 : 4;
-  bool fits = packable(strided.space, operands, kOperands, pack);
-  for (int k = 0; k < kOperands; ++k) {
-    fits = fits && (sizeof(C) == 8 || operands[k] == nullptr || operands[k]->dtype != RFK_FLOAT64);
-  }
-  // Many tiny samples in a large tile would need a table beyond the 48 KiB that every device has.
-  call.rows = rows(strided.space, per_sample, pack);
-  fits = fits && table_entries(call.rows, kThreads * kUnroll * pack) * sizeof(Coefficients<C>) <= 48 * 1024;
-  if (!fits) {
+  call.rows = rows(strided.space, per_sample);
+  const auto fits = [&](int n) {
+    bool good = packable(strided.space, operands, kOperands, n) && whole_packs(call.rows, n);
+    for (int k = 0; k < kOperands; ++k) {
+      good = good && (sizeof(C) == 8 || operands[k] == nullptr || operands[k]->dtype != RFK_FLOAT64);
+    }
+    return good;
+  };
+  const int pack = halves && fits(8) ? 8 : 4;
+  if (!fits(pack)) {
     call.entries = table_entries(call.rows, kStridedTile);
     launcher.run(interpolate_strided<C>, strided, blocks_for(call.numel, kStridedTile),
                  static_cast<int64_t>(call.entries) * static_cast<int64_t>(sizeof(Coefficients<C>)));

@@ -45,8 +45,8 @@ struct StridedStep {
   Space space;  // operands: x, out, cast, terms
 };
 
-// One element; term(k) loads its k-th term, z() its normal.
-template <class C, class Term, class Normal>
+// One element; term(k) loads its k-th term, z() its normal. kUnrolled: RFK_MAX_TERMS where term needs a constant k, else 1.
+template <int kUnrolled, class C, class Term, class Normal>
 __device__ __forceinline__ C step_value(const Step<C>& p, int64_t sample, C x, const Term& term, const Normal& z) {
   if (p.form == kGuided) {
     const C v = term(0), u = term(1);
@@ -54,12 +54,24 @@ __device__ __forceinline__ C step_value(const Step<C>& p, int64_t sample, C x, c
     return x + p.coefficients[0].at(sample) * w;
   }
   C total = p.x_coefficient.at(sample) * x;
-#pragma unroll
+#pragma unroll(kUnrolled)
   for (int k = 0; k < RFK_MAX_TERMS; ++k) {
     if (k < p.count) total = total + p.coefficient(k, sample) * term(k);
   }
   if (p.has_noise) total = total + p.noise_scale.at(sample) * static_cast<C>(z());
   return total;
+}
+
+// One element of a contiguous call; not inlined, to keep it out of the registers and the compile time of every kernel.
+template <class C>
+__device__ RFK_NOINLINE void step_tail(const Step<C>& p, const Spot& spot) {
+  if (!spot.inside) return;
+  const C value = step_value<1>(
+      p, spot.sample, load_element<C>(p.x.data, p.x.dtype, spot.index),
+      [&](int k) { return load_element<C>(p.terms[k].data, p.terms[k].dtype, spot.index); },
+      [&] { return draw_one<false>(p.noise, spot); });
+  store_element(p.out.data, p.out.dtype, spot.index, value);
+  if (p.cast.data != nullptr) store_element(p.cast.data, p.cast.dtype, spot.index, rounded(p.out.dtype, value));
 }
 
 // S, V, K: dtypes of the state, of the terms and of the cast copy.
@@ -93,16 +105,15 @@ __global__ void __launch_bounds__(kThreads) step_dense(const __grid_constant__ S
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      C x[N], v[N], w[N], dt[N], g[N];
+      C x[N], v[N], w[N];
       unpack<S, N>(raw_x[u], p.x.dtype, x);
       unpack<V, N>(raw_v[u], p.terms[0].dtype, v);
       unpack<V, N>(raw_u[u], p.terms[1].dtype, w);
-      spread(p.rows, spot[u], [&](int64_t s) { return p.coefficients[0].at(s); }, dt);
-      spread(p.rows, spot[u], [&](int64_t s) { return p.coefficients[1].at(s); }, g);
+      const C dt = p.coefficients[0].at(spot[u].sample), g = p.coefficients[1].at(spot[u].sample);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const C guided = w[j] + g[j] * (v[j] - w[j]);
-        total[u][j] = x[j] + dt[j] * guided;
+        const C guided = w[j] + g * (v[j] - w[j]);
+        total[u][j] = x[j] + dt * guided;
       }
     }
   } else {
@@ -118,11 +129,11 @@ __global__ void __launch_bounds__(kThreads) step_dense(const __grid_constant__ S
     if (p.count > 0) load_term(0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      C x[N], c[N];
+      C x[N];
       unpack<S, N>(raw_x[u], p.x.dtype, x);
-      spread(p.rows, spot[u], [&](int64_t s) { return p.x_coefficient.at(s); }, c);
+      const C c = p.x_coefficient.at(spot[u].sample);
 #pragma unroll
-      for (int j = 0; j < N; ++j) total[u][j] = c[j] * x[j];
+      for (int j = 0; j < N; ++j) total[u][j] = c * x[j];
     }
 #pragma unroll 1
     for (int k = 0; k < p.count; ++k) {
@@ -132,21 +143,19 @@ __global__ void __launch_bounds__(kThreads) step_dense(const __grid_constant__ S
       if (k + 1 < p.count) load_term(k + 1);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        C c[N];
-        spread(p.rows, spot[u], [&](int64_t s) { return p.coefficient(k, s); }, c);
+        const C c = p.coefficient(k, spot[u].sample);
 #pragma unroll
-        for (int j = 0; j < N; ++j) total[u][j] = total[u][j] + c[j] * t[u][j];
+        for (int j = 0; j < N; ++j) total[u][j] = total[u][j] + c * t[u][j];
       }
     }
     if constexpr (kNoise) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        C c[N];
         float z[N];
-        spread(p.rows, spot[u], [&](int64_t s) { return p.noise_scale.at(s); }, c);
-        draw_pack<N, false>(p.noise, p.rows, spot[u], z);
+        draw_pack<N, false>(p.noise, spot[u], z);
+        const C c = p.noise_scale.at(spot[u].sample);
 #pragma unroll
-        for (int j = 0; j < N; ++j) total[u][j] = total[u][j] + c[j] * static_cast<C>(z[j]);
+        for (int j = 0; j < N; ++j) total[u][j] = total[u][j] + c * static_cast<C>(z[j]);
       }
     }
   }
@@ -162,34 +171,24 @@ __global__ void __launch_bounds__(kThreads) step_dense(const __grid_constant__ S
     }
   }
 
-  // The last numel % N elements, by threads of the last block.
-  const int64_t index = limit + thread;
-  if (blockIdx.x == gridDim.x - 1 && index < p.numel) {
-    const Spot tail = tile_start(p.rows, index);
-    const C value = step_value(
-        p, tail.sample, load_element<C>(p.x.data, p.x.dtype, index),
-        [&](int k) { return load_element<C>(p.terms[k].data, p.terms[k].dtype, index); },
-        [&] { return draw_one<false>(p.noise, tail.sample, p.noise.per_sample ? tail.rest : index); });
-    store_element(p.out.data, p.out.dtype, index, value);
-    if (p.cast.data != nullptr) store_element(p.cast.data, p.cast.dtype, index, rounded(p.out.dtype, value));
-  }
+  if (holds_tail()) step_tail(p, tail_spot<kTile>(p.rows, start, limit, p.numel));
 }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads) step_strided(const __grid_constant__ StridedStep<C> q) {
   const Step<C>& p = q.step;
+  const Spot start = tile_start(p.rows, static_cast<int64_t>(blockIdx.x) * kStridedTile);
   NumberCache<false> numbers;
 #pragma unroll 1
   for (int j = 0; j < kStridedPerThread; ++j) {
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * kStridedTile + strided_shift(p.has_noise, j);
-    if (index >= p.numel) continue;
-    const Spot spot = tile_start(p.rows, index);
+    const Spot spot = advance<kStridedTile>(p.rows, start, strided_shift(p.has_noise, j), p.numel);
+    if (!spot.inside) continue;
     int64_t at[kMaxOperands];
-    offsets(q.space, 3 + p.count, index, at);
-    const C value = step_value(
+    offsets(q.space, 3 + p.count, spot.index, at);
+    const C value = step_value<RFK_MAX_TERMS>(
         p, spot.sample, load_element<C>(p.x.data, p.x.dtype, at[0]),
         [&](int k) { return load_element<C>(p.terms[k].data, p.terms[k].dtype, at[3 + k]); },
-        [&] { return numbers.at(p.noise, spot.sample, p.noise.per_sample ? spot.rest : index); });
+        [&] { return numbers.at(p.noise, spot); });
     store_element(p.out.data, p.out.dtype, at[1], value);
     if (p.cast.data != nullptr) store_element(p.cast.data, p.cast.dtype, at[2], rounded(p.out.dtype, value));
   }
@@ -197,8 +196,7 @@ __global__ void __launch_bounds__(kThreads) step_strided(const __grid_constant__
 
 template <class C, int S, int V, int K, int N>
 void run_dense(Launcher& launcher, const Step<C>& step) {
-  const int64_t packs_blocks = blocks_for(step.numel / N, kThreads * kUnroll);
-  const int64_t blocks = packs_blocks > 0 ? packs_blocks : 1;
+  const int64_t blocks = blocks_for(step.numel, kThreads * kUnroll * N);
   if (step.form == kGuided) {
     launcher.run(step_dense<C, S, V, K, N, true, false>, step, blocks);
   } else if (step.has_noise) {
@@ -206,8 +204,7 @@ void run_dense(Launcher& launcher, const Step<C>& step) {
     if constexpr (S == RFK_FLOAT32 && V == RFK_FLOAT32) {
       launcher.run(step_dense<C, S, V, kAny, N, false, true>, step, blocks);
     } else {
-      const int64_t any = blocks_for(step.numel / 4, kThreads * kUnroll);
-      launcher.run(step_dense<C, kAny, kAny, kAny, 4, false, true>, step, any > 0 ? any : 1);
+      launcher.run(step_dense<C, kAny, kAny, kAny, 4, false, true>, step, blocks_for(step.numel, kThreads * kUnroll * 4));
     }
   } else {
     launcher.run(step_dense<C, S, V, K, N, false, false>, step, blocks);
@@ -248,9 +245,10 @@ rfk_status run(const rfk_device& device, const rfk_tensor* const* operands, int 
   const int velocity = count > 0 ? common_dtype(operands + 3, count) : state;
   const int copy = operands[2] != nullptr ? operands[2]->dtype : velocity;
   const bool halves = sizeof(C) == 4 && noise == nullptr && state != RFK_FLOAT32 && velocity == state && copy == state;
-  const int pack = halves && packable(call.space, operands, used, 8) ? 8 : 4;
-  step.rows = rows(call.space, per_sample, pack);
-  if (!packable(call.space, operands, used, pack) || (sizeof(C) == 4 && copy == RFK_FLOAT64)) {
+  step.rows = rows(call.space, per_sample);
+  const auto fits = [&](int pack) { return packable(call.space, operands, used, pack) && whole_packs(step.rows, pack); };
+  const int pack = halves && fits(8) ? 8 : 4;
+  if (!fits(pack) || (sizeof(C) == 4 && copy == RFK_FLOAT64)) {
     launcher.run(step_strided<C>, call, blocks_for(step.numel, kStridedTile));
     return launcher.status();
   }

@@ -29,14 +29,12 @@ __global__ void __launch_bounds__(kThreads) random_dense(const __grid_constant__
   const Spot spot = advance<kTile>(p.rows, start, thread * 4, limit);
   if (spot.inside) {
     float z[4];
-    draw_pack<4, true>(p.noise, p.rows, spot, z);
+    draw_pack<4, true>(p.noise, spot, z);
     store_pack<kAny, 4>(p.out.data, p.out.dtype, spot.index, z);
   }
-  const int64_t index = limit + thread;
-  if (blockIdx.x == gridDim.x - 1 && index < p.numel) {
-    const Spot tail = tile_start(p.rows, index);
-    const float z = draw_one<true>(p.noise, tail.sample, p.noise.per_sample ? tail.rest : index);
-    store_element(p.out.data, p.out.dtype, index, z);
+  if (holds_tail()) {
+    const Spot tail = tail_spot<kTile>(p.rows, start, limit, p.numel);
+    if (tail.inside) store_element(p.out.data, p.out.dtype, tail.index, draw_one<true>(p.noise, tail));
   }
 }
 
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) random_strided(const __grid_constant
     if (!spot.inside) continue;
     int64_t at[1];
     offsets(q.space, 1, spot.index, at);
-    const float z = numbers.at(p.noise, spot.sample, p.noise.per_sample ? spot.rest : spot.index);
+    const float z = numbers.at(p.noise, spot);
     store_element(p.out.data, p.out.dtype, at[0], z);
   }
 }
@@ -64,13 +62,12 @@ rfk_status random(const rfk_device& device, const rfk_noise& noise, int distribu
   Drawing& call = strided.call;
   call.out = operand(&out);
   call.numel = strided.space.numel;
-  call.rows = rows(strided.space, noise.per_sample != 0, 4);
+  call.rows = rows(strided.space, noise.per_sample != 0);
   call.noise = noise_source(noise, distribution, out.dtype);
   Launcher launcher(device, RFK_OP_RANDOM);
   if (call.numel == 0) return launcher.status();
-  if (packable(strided.space, operands, 1, 4)) {
-    const int64_t blocks = blocks_for(call.numel / 4, kThreads);
-    launcher.run(random_dense, call, blocks > 0 ? blocks : 1);
+  if (packable(strided.space, operands, 1, 4) && whole_packs(call.rows, 4)) {
+    launcher.run(random_dense, call, blocks_for(call.numel, kThreads * 4));
   } else {
     launcher.run(random_strided, strided, blocks_for(call.numel, kStridedTile));
   }
