@@ -21,6 +21,7 @@ from rfkernels.flow.times import (
     inverse_time_shift,
     time_shift,
 )
+from rfkernels.ops.random import rand
 
 # The density has a pole in the middle there, which quadrature cannot cross.
 MODE_LIMIT = Mode(2 / (math.pi - 2))
@@ -154,6 +155,12 @@ def test_draws_depend_on_seed_and_offset_only():
         by_index = distribution.sample(6, seed=7, offset=torch.arange(6))
         alone = [distribution.sample(1, seed=7, offset=i) for i in range(6)]
         assert torch.equal(by_index, torch.cat(alone))
+
+
+def test_times_are_the_middles_of_the_uniform_cells():
+    uniform = rand(1000, seed=4, dtype=torch.float64)
+    expected = (0.25 + 0.5 * (uniform + 2.0**-25)).float()
+    assert torch.equal(Uniform(0.25, 0.75).sample(1000, seed=4), expected)
 
 
 def test_extreme_parameters_stay_inside():

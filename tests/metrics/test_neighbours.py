@@ -10,13 +10,15 @@ import rfkernels.metrics._pairwise as pairwise
 from rfkernels.metrics import nearest_distance, nearest_neighbour_test
 
 
-def test_accuracy_against_a_tree():
+def test_accuracy_against_a_tree(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(150, 3, generator=generator)
     y = torch.randn(150, 3, generator=generator) + 0.7
     pooled = torch.cat([x, y]).numpy()
     _, neighbour = KDTree(pooled).query(pooled, k=2)
     correct = (neighbour[:, 1] >= 150) == (torch.arange(300).numpy() >= 150)
+    assert nearest_neighbour_test(x, y) == pytest.approx(correct.mean(), abs=1e-12)
+    monkeypatch.setattr(pairwise, "_BLOCK", 150 * 40)
     assert nearest_neighbour_test(x, y) == pytest.approx(correct.mean(), abs=1e-12)
 
 
