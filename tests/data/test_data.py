@@ -1,4 +1,5 @@
-"""Data sets: what they hold, that draws are functions of seed and index, that files are read without pickle."""
+"""Data sets: what they hold, that draws are functions of seed and index, that files are read
+without pickle."""
 
 import builtins
 import math
@@ -33,7 +34,7 @@ def test_mnist_is_mlxtends():
 def test_toys_are_functions_of_seed_and_index(name):
     stream = toy(name, seed=5)
     index = torch.tensor([3, 0, 2**62, 3])
-    x, labels = stream.rows(index)
+    x, _ = stream.rows(index)
     assert x.shape == (4, 2)
     assert torch.equal(x[0], x[3])
     assert torch.equal(stream.rows(index[2:3]).x, x[2:3])
@@ -48,7 +49,8 @@ def test_toys_are_functions_of_seed_and_index(name):
 
 def test_ring_has_the_moments_of_its_mixture():
     x = toy("ring", size=40_000).x.double()
-    # Eight Gaussians of variance 1/4 on a circle of radius 4: covariance (R^2 / 2 + 1/4) I = 8.25 I.
+    # Eight Gaussians of variance 1/4 on a circle of radius 4: covariance (R^2 / 2 + 1/4) I = 8.25
+    # I.
     covariance = torch.cov(x.T)
     assert x.mean(0).abs().max() < 5 * math.sqrt(8.25 / 40_000)
     torch.testing.assert_close(covariance, 8.25 * torch.eye(2).double(), atol=0.15, rtol=0)

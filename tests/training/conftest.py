@@ -1,4 +1,5 @@
-"""The networks of these tests are so small that a second thread only costs; one thread also fixes their bits."""
+"""The networks of these tests are so small that a second thread only costs; one thread also fixes
+their bits."""
 
 import pytest
 import torch

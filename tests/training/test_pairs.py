@@ -1,4 +1,5 @@
-"""The pair store: noise drawn again, shards resumed, damage found, and a teacher whose ends are known."""
+"""The pair store: noise drawn again, shards resumed, damage found, and a teacher whose ends are
+known."""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""Interruption: killed at any moment, or stopped by Ctrl-C, a resumed run ends with the same weights, bit for bit."""
+"""Interruption: killed at any moment, or stopped by Ctrl-C, a resumed run ends with the same
+weights, bit for bit."""
 
 import json
 import os
@@ -176,13 +177,15 @@ from rfkernels.training import (
 
 def program(folder):
     small = dict(batch_size=8, checkpoint_every=6, log_every=5, label_dropout=0.2)
-    model = models.build("mlp", seed=1, sample_shape=(2,), width=16, depth=1, num_classes=2, dropout=0.2)
-    train_flow(model, toy("moons", 50), TrainConfig(steps=45, **small), run=f"{folder}/first", resume=True)
-    config = ReflowConfig(pairs=64, pair_batch=4, pair_steps=3, guidance_scale=2.0,
+    model = models.build("mlp", seed=1, sample_shape=(2,), width=16, depth=1, num_classes=2,
+    dropout=0.2) train_flow(model, toy("moons", 50), TrainConfig(steps=45, **small),
+    run=f"{folder}/first", resume=True) config = ReflowConfig(pairs=64, pair_batch=4, pair_steps=3,
+    guidance_scale=2.0,
                           train=TrainConfig(steps=30, **small))
     reflow(f"{folder}/first", config, run=f"{folder}/second", resume=True)
     config = DistillConfig(k=2, train=TrainConfig(steps=20, **small))
-    distill(f"{folder}/second", config, pairs=f"{folder}/second/pairs", run=f"{folder}/third", resume=True)
+    distill(f"{folder}/second", config, pairs=f"{folder}/second/pairs", run=f"{folder}/third",
+    resume=True)
 
 def fork(folder):
     child = os.fork()
@@ -222,7 +225,8 @@ print(kills)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(tmp_path):
-    """kill -9 again and again: every weight, average, moment and pair is that of a run never killed."""
+    """kill -9 again and again: every weight, average, moment and pair is that of a run never
+    killed."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """Run folders: nothing is overwritten, other options are not resumed, two writers do not meet."""
 
-import os
+from pathlib import Path
 import sys
 
 import pytest
@@ -19,7 +19,7 @@ def begin(folder, description=DESCRIPTION, resume=False):
 def test_a_run_is_never_overwritten(tmp_path):
     begin(tmp_path / "a")
     before = (tmp_path / "a" / "config.json").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a run already.*resume=True"):
+    with pytest.raises(FileExistsError, match=r"holds a run already.*resume=True"):
         begin(tmp_path / "a")
     assert (tmp_path / "a" / "config.json").read_bytes() == before
     assert begin(tmp_path / "a", resume=True).resumed
@@ -47,10 +47,10 @@ def test_resuming_nothing_begins(tmp_path):
 def test_other_options_are_not_resumed(tmp_path):
     begin(tmp_path / "a")
     other = {"kind": "train", "config": {"steps": 4, "log_every": 1}}
-    with pytest.raises(ValueError, match="config.steps is 3 in the run and 4 now"):
+    with pytest.raises(ValueError, match=r"config\.steps is 3 in the run and 4 now"):
         begin(tmp_path / "a", other, resume=True)
     missing = {"kind": "train", "config": {"log_every": 1}}
-    with pytest.raises(ValueError, match="config.steps is 3 in the run and None now"):
+    with pytest.raises(ValueError, match=r"config\.steps is 3 in the run and None now"):
         begin(tmp_path / "a", missing, resume=True)
     # How often something is logged does not change the weights.
     begin(tmp_path / "a", {"kind": "train", "config": {"steps": 3, "log_every": 9}}, resume=True)
@@ -83,4 +83,4 @@ def test_second_writer_is_refused(tmp_path):
 def test_unwritable_place_is_named():
     with pytest.raises(OSError, match="run: cannot write to /proc/rfkernels-run"):
         begin("/proc/rfkernels-run")
-    assert not os.path.exists("/proc/rfkernels-run")
+    assert not Path("/proc/rfkernels-run").exists()
