@@ -171,7 +171,7 @@ class _Interpolate(torch.autograd.Function):
     def backward(ctx, grad_xt, grad_target):
         t_tensor, *custom = ctx.saved_tensors
         if ctx.path != "custom":
-            t = torch.as_tensor(join(ctx.t, t_tensor), device=grad_xt.device).to(ctx.compute)
+            t = torch.as_tensor(join(ctx.t, t_tensor), dtype=ctx.compute, device=grad_xt.device)
             custom = reference.path_coefficients(ctx.path, t)
         alpha, sigma, dalpha, dsigma = custom
         grads = []

@@ -47,7 +47,7 @@ def linear(x, tensors, x_coefficient, coefficients, noise) -> torch.Tensor:
 def _store(value: torch.Tensor, out: torch.Tensor, cast: torch.Tensor | None) -> None:
     out.copy_(value)
     if cast is not None:
-        cast.copy_(value)
+        cast.copy_(out)
 
 
 def euler_step(x, v, v_uncond, dt, guidance_scale, out, cast) -> None:

@@ -1,13 +1,44 @@
-"""Triton kernels. Needs the package triton and a CUDA device, or TRITON_INTERPRET=1 for the CPU interpreter."""
+"""Triton kernels. Needs the package triton and a CUDA device, or TRITON_INTERPRET=1 for the CPU interpreter.
+
+The package triton is imported with the first kernel module, never by ``import rfkernels``. ``launches`` counts what each
+op's launcher sent to the device.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import sys
+
+import torch
+
+launches: dict[str, int] = dict.fromkeys(("ode_step", "interpolate", "flow_loss", "random"), 0)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """True when kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before triton was imported."""
+    language = sys.modules.get("triton.language")
+    if language is None:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return type(language.cdiv).__name__ == "InterpretedFunction"
 
 
 def unavailable_reason(device_type: str) -> str | None:
     """Why the Triton kernels do not serve tensors of that device type here; None when they do."""
-    if importlib.util.find_spec("triton") is None:
+    if device_type not in ("cpu", "cuda"):
+        return f"there are no Triton kernels for {device_type}; the reference serves it"
+    if not _installed():
         return "the package triton is not installed; `pip install triton` (Linux)"
-    return "not written yet" if device_type in ("cpu", "cuda") or os.environ else None
+    if interpreted():
+        return None
+    if device_type == "cpu":
+        return "on the CPU only Triton's interpreter runs; set TRITON_INTERPRET=1 before triton is imported"
+    if not torch.cuda.is_available():
+        return f"no CUDA device is visible to torch {torch.__version__}"
+    return None
