@@ -31,6 +31,8 @@ def check_samples(caller: str, name: str, x: object) -> None:
         raise TypeError(
             f"{caller}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{caller}: {name} must be a strided tensor; got layout {x.layout}")
     if x.ndim == 0:
         raise ValueError(
             f"{caller}: {name} must have a batch dimension, (B, ...); got a 0-d tensor"

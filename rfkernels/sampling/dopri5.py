@@ -304,7 +304,9 @@ class _Batch:
             size = self.state.x.abs()
             if other is not None:
                 size = torch.maximum(size, other.x.abs())
-            ratio = (values / (size * self.solver.rtol + self.solver.atol)).flatten(1)
+            ratio = (values / (size * self.solver.rtol + self.solver.atol)).reshape(
+                self.t.shape[0], -1
+            )
             mean = _row_sums(ratio * ratio) / ratio.shape[1]
             return mean.cpu().double().sqrt()
 

@@ -210,6 +210,16 @@ def test_strides_do_not_matter(solver):
     torch.testing.assert_close(expanded[0], expanded[3])
 
 
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_samples_may_be_single_numbers(solver):
+    x0 = torch.linspace(-2, 2, 7)
+    flat = sample(Counting(), x0, steps=9, solver=solver, guidance_scale=2.0, uncondition={})
+    column = sample(
+        Counting(), x0[:, None], steps=9, solver=solver, guidance_scale=2.0, uncondition={}
+    )
+    torch.testing.assert_close(flat, column[:, 0])
+
+
 def test_a_module_with_conditions_keeps_no_graph():
     class Network(nn.Module):
         def __init__(self):
@@ -435,6 +445,7 @@ def test_errors_name_the_function_that_was_called(x0):
         ([1.0], TypeError, "x0 must be a tensor; got list"),
         (torch.zeros(2, 2, dtype=torch.long), TypeError, "x0 must be float32.*int64"),
         (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "x0 must be float32.*complex64"),
+        (torch.zeros(2, 2).to_sparse(), TypeError, "strided tensor; got layout torch.sparse_coo"),
         (torch.zeros(()), ValueError, "batch dimension"),
     ],
 )
