@@ -1,0 +1,109 @@
+"""Where results go: nothing that exists is overwritten unless the user says so, and a file is whole or absent."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+__all__ = [
+    "check_file",
+    "check_folder",
+    "console",
+    "fresh_folder",
+    "resumable",
+    "say",
+    "write_bytes",
+    "write_csv",
+    "write_json",
+]
+
+console = Console(highlight=False)
+
+
+def check_file(option: str, file: Path, suffixes: Sequence[str], *, force: bool) -> None:
+    """Refuses a file of an unknown kind, in a folder that is not there, or one that would be overwritten.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: which of the three.
+    """
+    if file.suffix.lower() not in suffixes:
+        raise ValueError(f"{option}: must end in {', '.join(suffixes)}; got {file.name}")
+    if file.is_dir():
+        raise FileExistsError(f"{option}: {file} is a folder; give a file")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{option}: the folder {file.parent} does not exist")
+    if file.exists() and not force:
+        raise FileExistsError(f"{option}: {file} exists; give another name, or --force to replace it")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuses a folder that holds anything, or a file of that name.
+
+    Raises:
+        FileExistsError: there is something that could be overwritten.
+    """
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{option}: {folder} is not empty; give another folder")
+    elif folder.exists():
+        raise FileExistsError(f"{option}: {folder} is a file, not a folder")
+
+
+def fresh_folder(name: str) -> Path:
+    """`name` in the current folder, or the first of name-2, name-3, ... that is not there yet."""
+    folder, number = Path(name), 1
+    while folder.exists():
+        number += 1
+        folder = Path(f"{name}-{number}")
+    return folder
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Replaces a file atomically."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row under the keys of the first row; None is an empty cell."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(file, stream.getvalue().encode())
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON; a number that is not finite is refused."""
+    write_bytes(file, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def say(text: str) -> None:
+    """A line of text as it is: paths may hold brackets, which rich would take for markup."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def resumable(command: str) -> Iterator[None]:
+    """Ctrl-C inside: says how to go on with what was saved, and leaves with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"Interrupted. What was done is saved; to go on: {command}")
+        raise typer.Exit(130) from None

@@ -1,0 +1,89 @@
+"""`rfkernels sample`: draw samples from a run into a picture or a file of arrays."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rfkernels.cli.options import Device, choose_device
+from rfkernels.cli.output import check_file, say, write_bytes
+
+_SUFFIXES = (".png", ".safetensors", ".npz")
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .png picture, or .npz / .safetensors with the array x.")],
+    n: Annotated[int, typer.Option("--n", "-n", help="How many samples.")] = 64,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver.", show_default="8; none for dopri5")] = None,
+    solver: Annotated[str, typer.Option(help="euler, midpoint, heun, rk4, ab2, taylor or dopri5.")] = "euler",
+    shift: Annotated[
+        float | None, typer.Option(help="Time shift of the grid: above 1, more steps near the noise.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale, for a conditional run.")
+    ] = None,
+    label: Annotated[int | None, typer.Option(help="The class to draw.", show_default="all in turn")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise. Sample i is the same whatever --n is.")] = 0,
+    batch: Annotated[int, typer.Option(help="Samples computed at a time.")] = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.")] = False,
+) -> None:
+    """Draw samples from a run.
+
+    [bold]Examples[/]
+
+      rfkernels sample runs/digits --n 64 --steps 32 --out digits.png
+
+      rfkernels sample runs/digits-2rf --steps 1 --out one-step.png
+
+      rfkernels sample runs/mnist --label 3 --guidance 2 --solver heun --out threes.npz
+    """
+    import torch
+
+    from rfkernels.cli.draw import Drawer
+    from rfkernels.cli.pictures import is_image, one_grid, point_cloud, require_pictures
+    from rfkernels.training import load
+
+    for name, value in (("n", n), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1; got {value}")
+    if seed < 0:
+        raise ValueError(f"seed: must not be negative; got {seed}")
+    check_file("out", out, _SUFFIXES, force=force)
+    drawer = Drawer(load(run, device=choose_device(device)), guidance=guidance, label=label)
+    shape = drawer.sample_shape
+    picture = out.suffix.lower() == ".png"
+    if picture:
+        if not is_image(shape) and shape != (2,):
+            raise ValueError(f"out: samples of the shape {shape} are no pictures; give an .npz or .safetensors file")
+        require_pictures()
+    if steps is None and solver != "dopri5":
+        steps = 8
+    index = torch.arange(n)
+    x, nfe = drawer.draw(index, seed=seed, steps=steps, solver=solver, grid=shift, batch=batch, progress=not quiet)
+    labels = drawer.labels(index)
+    if picture:
+        write_bytes(out, one_grid(x) if is_image(shape) else point_cloud(x))
+    else:
+        write_bytes(out, _arrays(out.suffix.lower(), x, labels))
+    if not quiet:
+        say(f"{n} samples, {nfe:g} evaluations of the network each: {out}")
+
+
+def _arrays(suffix: str, x, labels) -> bytes:
+    """The file's bytes: x (n, ...) float32 and, of a conditional run, labels (n,) int64; `train --dataset` reads it."""
+    arrays = {"x": x.contiguous()} | ({} if labels is None else {"labels": labels.contiguous()})
+    if suffix == ".safetensors":
+        from safetensors.torch import save
+
+        return save(arrays)
+    import numpy
+
+    stream = io.BytesIO()
+    numpy.savez(stream, **{name: value.numpy() for name, value in arrays.items()})
+    return stream.getvalue()
