@@ -60,14 +60,10 @@ class TimeDistribution(ABC):
         """The probability of a time at most t, float64, t's shape."""
         return self._cdf(torch.as_tensor(t, dtype=torch.float64).clamp(0, 1))
 
+    @abstractmethod
     def _draw(
         self, n: int, seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None
-    ) -> Tensor:
-        return self._quantile(_uniform(n, seed, offset, device))
-
-    def _quantile(self, u: Tensor) -> Tensor:
-        """The inverse of cdf on (0, 1)."""
-        raise NotImplementedError
+    ) -> Tensor: ...
 
     @abstractmethod
     def _pdf(self, t: Tensor) -> Tensor: ...
@@ -76,8 +72,22 @@ class TimeDistribution(ABC):
     def _cdf(self, t: Tensor) -> Tensor: ...
 
 
+class _ByInverse(TimeDistribution):
+    """A distribution drawn through the inverse of its distribution function at a uniform."""
+
+    def _draw(
+        self, n: int, seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None
+    ) -> Tensor:
+        # Uniforms at the middles of 2^24 equal cells: symmetric about 1/2 and inside (0, 1).
+        uniform = _widen(rand(n, seed=seed, offset=offset, device=device)) + 2.0**-25
+        return self._quantile(uniform)
+
+    @abstractmethod
+    def _quantile(self, u: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
-class Uniform(TimeDistribution):
+class Uniform(_ByInverse):
     """Uniform on [eps, t_end].
 
     The original rectified flow has eps = 1e-3; t_end serves paths that stop short of 1.
@@ -139,7 +149,7 @@ class LogitNormal(TimeDistribution):
 
 
 @dataclass(frozen=True)
-class UShaped(TimeDistribution):
+class UShaped(_ByInverse):
     """Both ends more often than the middle (Lee, Lin, Fanti 2024, 2-rectified flow++; a = 4)::
 
         pdf(t) = a cosh(a (t - 1/2)) / (2 sinh(a/2))
@@ -175,7 +185,7 @@ class UShaped(TimeDistribution):
 
 
 @dataclass(frozen=True)
-class Mode(TimeDistribution):
+class Mode(_ByInverse):
     """SD3's mode sampling with heavy tails: t = u + scale (u - sin^2(pi u / 2)), u uniform.
 
     Symmetric. scale > 0 favours the middle, scale < 0 both ends, 0 is uniform; the map is monotone
@@ -211,7 +221,7 @@ class Mode(TimeDistribution):
 
 
 @dataclass(frozen=True)
-class CosMap(TimeDistribution):
+class CosMap(_ByInverse):
     """SD3's cosmap, uniform in the angle of the cosine schedule: t = 1 - 1 / (tan(pi u / 2) + 1).
 
     Symmetric, density 2 / (pi (1 - 2t + 2t^2)): twice as high in the middle as at the ends
@@ -233,7 +243,7 @@ class CosMap(TimeDistribution):
 
 
 @dataclass(frozen=True)
-class Beta(TimeDistribution):
+class Beta(_ByInverse):
     """The beta distribution, density proportional to t^(a-1) (1-t)^(b-1).
 
     a > b favours t = 1, the data, b > a the noise; below 1 either piles up at its end. ``sample``
@@ -345,13 +355,6 @@ def inverse_time_shift(t: Tensor | float, shift: float) -> Tensor | float:
     """The time that ``time_shift`` with the same shift takes to t."""
     _check_positive("inverse_time_shift", "shift", shift)
     return shift * t / (shift * t + (1 - t))
-
-
-def _uniform(
-    n: int, seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None
-) -> Tensor:
-    """Uniforms at the middles of 2^24 equal cells: symmetric about 1/2 and inside (0, 1)."""
-    return _widen(rand(n, seed=seed, offset=offset, device=device)) + 2.0**-25
 
 
 def _widen(values: Tensor) -> Tensor:
