@@ -102,7 +102,7 @@ __device__ __forceinline__ C summand(const Loss<C>& p, C r, C& root_out) {
 
 // P: dtype of prediction and gradient; T: of target, x1 and x0.
 template <class C, int P, int T, int N, bool kNoise>
-__global__ void __launch_bounds__(kThreads) loss_dense(const __grid_constant__ Loss<C> p) {
+__global__ void __launch_bounds__(kThreads, P == kAny ? 2 : 4) loss_dense(const __grid_constant__ Loss<C> p) {
   constexpr int kUnroll = kPerThread / N;
   __shared__ double parts[kThreads / 32];
   __shared__ C shared_factor;

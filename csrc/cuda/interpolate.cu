@@ -41,7 +41,7 @@ struct StridedInterpolation {
 constexpr int kOperands = 5;
 
 template <class C>
-__device__ RFK_NOINLINE Coefficients<C> coefficients_of(const Interpolation<C>& p, int64_t sample) {
+__device__ __forceinline__ Coefficients<C> coefficients_of(const Interpolation<C>& p, int64_t sample) {
   if (p.path == RFK_PATH_CUSTOM) {
     return {p.custom[0].at(sample), p.custom[1].at(sample), p.custom[2].at(sample), p.custom[3].at(sample)};
   }
@@ -60,7 +60,7 @@ __device__ __forceinline__ void fill_table(const Interpolation<C>& p, int64_t fi
 
 // One element of a contiguous call; not inlined, to keep it out of the registers and the compile time of every kernel.
 template <class C>
-__device__ RFK_NOINLINE void interpolate_tail(const Interpolation<C>& p, const Spot& spot, const Coefficients<C>& c) {
+__device__ RFK_NOINLINE void interpolate_tail(const Interpolation<C>& p, Spot spot, Coefficients<C> c) {
   const C x1 = load_element<C>(p.x1.data, p.x1.dtype, spot.index);
   const C x0 = p.x0.data == nullptr ? static_cast<C>(draw_one<false>(p.noise, spot))
                                     : load_element<C>(p.x0.data, p.x0.dtype, spot.index);
@@ -71,7 +71,7 @@ __device__ RFK_NOINLINE void interpolate_tail(const Interpolation<C>& p, const S
 
 // D: dtype of every tensor.
 template <class C, int D, int N, bool kNoise>
-__global__ void __launch_bounds__(kThreads) interpolate_dense(const __grid_constant__ Interpolation<C> p) {
+__global__ void __launch_bounds__(kThreads, D == kAny ? 3 : 4) interpolate_dense(const __grid_constant__ Interpolation<C> p) {
   RFK_DYNAMIC_SHARED(Coefficients<C>, table);
   constexpr int kTile = kThreads * kUnroll * N;
   const int thread = static_cast<int>(threadIdx.x);

@@ -64,7 +64,7 @@ __device__ __forceinline__ C step_value(const Step<C>& p, int64_t sample, C x, c
 
 // One element of a contiguous call; not inlined, to keep it out of the registers and the compile time of every kernel.
 template <class C>
-__device__ RFK_NOINLINE void step_tail(const Step<C>& p, const Spot& spot) {
+__device__ RFK_NOINLINE void step_tail(const Step<C>& p, Spot spot) {
   if (!spot.inside) return;
   const C value = step_value<1>(
       p, spot.sample, load_element<C>(p.x.data, p.x.dtype, spot.index),
@@ -76,7 +76,7 @@ __device__ RFK_NOINLINE void step_tail(const Step<C>& p, const Spot& spot) {
 
 // S, V, K: dtypes of the state, of the terms and of the cast copy.
 template <class C, int S, int V, int K, int N, bool kGuidedForm, bool kNoise>
-__global__ void __launch_bounds__(kThreads) step_dense(const __grid_constant__ Step<C> p) {
+__global__ void __launch_bounds__(kThreads, S == kAny ? 3 : N == 8 || kNoise || kGuidedForm ? 4 : 5) step_dense(const __grid_constant__ Step<C> p) {
   constexpr int kTile = kThreads * kUnroll * N;
   const int thread = static_cast<int>(threadIdx.x);
   const Spot start = tile_start(p.rows, static_cast<int64_t>(blockIdx.x) * kTile);

@@ -2,7 +2,7 @@
 //
 //   g++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas
 //       -DRFK_CUDA_EMULATION -DRFK_CUDA_ARCHS='"emulated"' -DRFK_X86=0 -DRFK_ISA_NAMESPACE=baseline
-//       -Icsrc/tests/emulation -Icsrc -Icsrc/include csrc/tests/cuda_emulation_test.cpp -x c++ csrc/cuda/*.cu
+//       -Icsrc/tests/emulation -Icsrc -Icsrc/include csrc/tests/cuda_emulation_test.cpp csrc/tests/emulation/*.cpp
 //
 // Random calls of every op (dtypes, shapes, layouts, per-sample and device scalars, noise); results are compared bit for
 // bit with the formulas of rfk.h written as loops over elements, losses and pseudo-Huber gradients within a bound. Each call

@@ -27,7 +27,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
 
@@ -120,7 +120,6 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
-  int barriers = 0;
 };
 
 inline std::vector<Fiber> fibers;
@@ -155,22 +154,20 @@ inline void enter() {
 }
 
 inline void barrier() {
-  ++fibers[static_cast<size_t>(running)].barriers;
   to_scheduler(false);
-  threadIdx.x = static_cast<unsigned>(running);
+}
+
+inline void prepare(Fiber& fiber) {
+  fiber.done = false;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_link = &scheduler;
+  makecontext(&fiber.context, enter, 0);
 }
 
 inline void run_block(int threads) {
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[static_cast<size_t>(t)];
-    fiber.done = false;
-    fiber.barriers = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, enter, 0);
-  }
+  for (Fiber& fiber : fibers) prepare(fiber);
   for (bool alive = true; alive;) {
     alive = false;
     bool ended = false;
@@ -189,7 +186,7 @@ inline void run_block(int threads) {
 #if defined(__SANITIZE_ADDRESS__)
       __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
 #endif
-      fiber.done ? ended = true : alive = true;
+      (fiber.done ? ended : alive) = true;
     }
     if (alive && ended) {
       std::fprintf(stderr, "emulation: some threads of block %u wait at a barrier that others never reach\n", blockIdx.x);
