@@ -26,7 +26,7 @@ Times here are flow times, 0 = noise and 1 = data, unless a function's name says
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch import Tensor
 from rfkernels.flow.paths import Path, VPPath, get_path
 
 Quantity = Literal["velocity", "x1", "x0", "score"]
+Time = TypeVar("Time", Tensor, float)
 
 
 def convert(
@@ -200,26 +201,22 @@ def guided_velocity(
 # --- diffusers, FLUX, SD3: sigma = 1 - t, the velocity pointing from data to noise ---------------
 
 
-def diffusers_sigma_from_time(t: Tensor | float) -> Tensor | float:
+def diffusers_sigma_from_time(t: Time) -> Time:
     """sigma = 1 - t: noise level 1 at the source, 0 at the data."""
     return 1 - t
 
 
-def time_from_diffusers_sigma(sigma: Tensor | float) -> Tensor | float:
+def time_from_diffusers_sigma(sigma: Time) -> Time:
     """t = 1 - sigma."""
     return 1 - sigma
 
 
-def diffusers_timestep_from_time(
-    t: Tensor | float, num_train_timesteps: int = 1000
-) -> Tensor | float:
+def diffusers_timestep_from_time(t: Time, num_train_timesteps: int = 1000) -> Time:
     """The number those networks are fed: sigma times num_train_timesteps, not rounded."""
     return (1 - t) * num_train_timesteps
 
 
-def time_from_diffusers_timestep(
-    timestep: Tensor | float, num_train_timesteps: int = 1000
-) -> Tensor | float:
+def time_from_diffusers_timestep(timestep: Time, num_train_timesteps: int = 1000) -> Time:
     """t = 1 - timestep / num_train_timesteps."""
     return 1 - timestep / num_train_timesteps
 
@@ -262,12 +259,12 @@ def vp_time_from_linear(t: Tensor | float, path: VPPath | None = None) -> Tensor
     return (path or VPPath()).time_of_noise_ratio((1 - t) / t)
 
 
-def edm_sigma_from_time(t: Tensor | float) -> Tensor | float:
+def edm_sigma_from_time(t: Time) -> Time:
     """sigma = (1-t)/t of the variance-exploding state y = x1 + sigma x0; t in (0, 1]."""
     return (1 - t) / t
 
 
-def time_from_edm_sigma(sigma: Tensor | float) -> Tensor | float:
+def time_from_edm_sigma(sigma: Time) -> Time:
     """t = 1 / (1 + sigma)."""
     return 1 / (1 + sigma)
 

@@ -193,7 +193,8 @@ class CustomPath:
             return _like_times(f"CustomPath: {field}", function(times), times)
 
         if derivative is None:
-            return torch.func.jvp(evaluate, (wide,), (torch.ones_like(wide),))
+            value, tangent = torch.func.jvp(evaluate, (wide,), (torch.ones_like(wide),))
+            return value, tangent
         return evaluate(wide), _like_times(f"CustomPath: d{field}", derivative(wide), wide)
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from rfkernels.ops.random import rand, randn
+
+Time = TypeVar("Time", Tensor, float)
 
 # Draws stay within these float32 numbers, half a step of a 24-bit uniform inside 0 and 1.
 _SMALLEST, _LARGEST = 2.0**-25, 1 - 2.0**-24
@@ -337,7 +339,7 @@ def get_time_distribution(distribution: str | TimeDistribution, **options: Any) 
     return TIME_DISTRIBUTIONS[distribution](**options)
 
 
-def time_shift(t: Tensor | float, shift: float) -> Tensor | float:
+def time_shift(t: Time, shift: float) -> Time:
     """t / (t + shift (1 - t)): times moved toward the noise for shift > 1, toward the data below 1.
 
     On the noise level s = 1 - t this is s' = shift s / (1 + (shift - 1) s), the shift of SD3 and,
@@ -351,7 +353,7 @@ def time_shift(t: Tensor | float, shift: float) -> Tensor | float:
     return t / (t + shift * (1 - t))
 
 
-def inverse_time_shift(t: Tensor | float, shift: float) -> Tensor | float:
+def inverse_time_shift(t: Time, shift: float) -> Time:
     """The time that ``time_shift`` with the same shift takes to t."""
     _check_positive("inverse_time_shift", "shift", shift)
     return shift * t / (shift * t + (1 - t))

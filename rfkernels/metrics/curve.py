@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,9 @@ def quality_curve(
     if not steps or min(steps) < 1:
         raise ValueError(f"quality_curve: steps must be numbers of at least 1; got {tuple(steps)}")
     if sampler is None:
-        from rfkernels.sampling import sample as sampler
+        from rfkernels.sampling import sample
+
+        sampler = cast("Callable[..., Any]", sample)
     rows = []
     for name, velocity in velocities.items():
         for count in steps:

@@ -162,13 +162,9 @@ def transport_cost(x0: Tensor, x1: Tensor, *, cost: str | Cost = "squared-euclid
         ValueError: for an unknown cost, no samples or shapes that differ.
     """
     source, data = _pair_matrices("transport_cost", x0, x1)
-    function = cost
-    if isinstance(cost, str):
-        if cost not in COSTS:
-            raise ValueError(
-                f"transport_cost: cost must be one of {', '.join(COSTS)}; got {cost!r}"
-            )
-        function = COSTS[cost]
+    if isinstance(cost, str) and cost not in COSTS:
+        raise ValueError(f"transport_cost: cost must be one of {', '.join(COSTS)}; got {cost!r}")
+    function = COSTS[cost] if isinstance(cost, str) else cost
     costs = function(data - source)
     if costs.shape != (len(data),):
         raise ValueError(

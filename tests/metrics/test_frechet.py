@@ -41,7 +41,7 @@ def test_closed_form_for_commuting_covariances():
 
 
 def test_fewer_samples_than_features_stays_real_and_exact_for_equal_sets():
-    x = torch.randn(20, 200)
+    x = torch.randn(20, 200, dtype=torch.float64)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, x + 1) == pytest.approx(200, rel=1e-9)
     assert frechet_distance(x, 3 * x) > 0
