@@ -3,7 +3,7 @@
 Images are float32 in [-1, 1], shape (N, C, H, W). `load_dataset(name)` opens one by name or path.
 """
 
-from rfkernels.data.dataset import Data, Dataset, Rows, as_dataset, epoch_order, split
+from rfkernels.data.dataset import Data, Dataset, Rows, as_dataset, epoch_order, split, split_rows
 from rfkernels.data.digits import digits, mnist
 from rfkernels.data.files import load_arrays, load_image_folder
 from rfkernels.data.load import DATASETS, load_dataset
@@ -23,5 +23,6 @@ __all__ = [
     "load_image_folder",
     "mnist",
     "split",
+    "split_rows",
     "toy",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from rfkernels.ops.random import derive_seed, rand
 
-__all__ = ["Data", "Dataset", "Rows", "as_dataset", "epoch_order", "split"]
+__all__ = ["Data", "Dataset", "Rows", "as_dataset", "epoch_order", "split", "split_rows"]
 
 
 class Rows(NamedTuple):
@@ -125,6 +125,18 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> torch.Tensor:
     return torch.argsort((draws[:size] << 24) | draws[size:], stable=True)
 
 
+def split_rows(size: int, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training rows, held-out rows) of `size` samples, each ascending; see `split`."""
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"fraction: must be in [0, 1); got {fraction}")
+    count = max(1, round(size * fraction)) if fraction else 0
+    if count >= size:
+        raise ValueError(f"fraction: {fraction} of {size} samples leaves none to train on")
+    order = epoch_order(size, seed=derive_seed(seed, "holdout"), epoch=0)
+    # Ascending, so that the training part keeps the order of the data set.
+    return order[count:].sort().values, order[:count].sort().values
+
+
 def split(data: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:
     """(training part, held-out part): `fraction` of the samples, drawn by (seed, "holdout"), are
     held out.
@@ -138,13 +150,5 @@ def split(data: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
             at least.
         seed: the run's seed.
     """
-    if not 0.0 <= fraction < 1.0:
-        raise ValueError(f"fraction: must be in [0, 1); got {fraction}")
-    if fraction == 0.0:
-        return data, None
-    count = max(1, round(data.size * fraction))
-    if count >= data.size:
-        raise ValueError(f"fraction: {fraction} of {data.size} samples leaves none to train on")
-    order = epoch_order(data.size, seed=derive_seed(seed, "holdout"), epoch=0)
-    # Sorted, so that the training part keeps the order of the data set.
-    return data.take(order[count:].sort().values), data.take(order[:count].sort().values)
+    train, held = split_rows(data.size, fraction, seed)
+    return data.take(train), data.take(held) if len(held) else None

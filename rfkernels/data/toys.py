@@ -73,8 +73,8 @@ class ToyStream:
         self._maker, self.num_classes = TOYS[name]
 
     def rows(self, index: torch.Tensor) -> Rows:
-        u = rand(len(index), 4, seed=derive_seed(self.seed, "toy uniform"), offset=index)
-        z = randn(len(index), 2, seed=derive_seed(self.seed, "toy normal"), offset=index)
+        u = rand(len(index), 4, seed=derive_seed(self.seed, f"{self.name} uniform"), offset=index)
+        z = randn(len(index), 2, seed=derive_seed(self.seed, f"{self.name} normal"), offset=index)
         return Rows(*self._maker(u, z))
 
 

@@ -103,7 +103,7 @@ class DiT(nn.Module):
         channels, height, column = self.sample_shape
         if height % patch or column % patch:
             raise ValueError(f"patch: must divide height {height} and width {column}; got {patch}")
-        if width % heads or width % 4:
+        if heads < 1 or width % heads or width % 4:
             raise ValueError(f"width: must be a multiple of 4 and of heads ({heads}); got {width}")
         self.options = {
             "sample_shape": list(self.sample_shape),

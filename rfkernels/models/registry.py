@@ -59,6 +59,12 @@ def build(name: str, *, seed: int | None = None, **options: Any) -> nn.Module:
     ]
     if missing:
         raise ValueError(f"{missing[0]}: {name} needs it; got {', '.join(options) or 'no options'}")
+    for key in ("width", "depth", "patch", "blocks", "num_classes", "condition_dim"):
+        value = options.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{key}: must be a whole number; got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{key}: must be at least 1; got {value}")
     if seed is None:
         return cls(**options)
     with torch.random.fork_rng(devices=[]):

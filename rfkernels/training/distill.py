@@ -10,6 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rfkernels.training.checks import (
+    check_call,
+    check_destination,
+    check_label_dropout,
+    check_model,
+)
 from rfkernels.training.config import DistillConfig
 from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objectives import DistillObjective
@@ -17,15 +23,8 @@ from rfkernels.training.pairs import PairStore
 from rfkernels.training.reflow import teacher_pairs
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
-from rfkernels.training.teacher import AnyTeacher, check_flow, find_teacher, pair_labels
-from rfkernels.training.train import (
-    check_destination,
-    check_label_dropout,
-    check_model,
-    check_output,
-    describe_run,
-    run_trainer,
-)
+from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
+from rfkernels.training.train import describe_run, run_trainer
 from rfkernels.training.trainer import RunResult, device_of
 
 __all__ = ["distill"]
@@ -85,6 +84,7 @@ def distill(
     check_model(trained)
     check_destination(config.train, run)
     null_label = check_label_dropout(trained, config.train, conditional)
+    _check_student(trained, found, labels if pairs is None else pairs)
     described = {
         "teacher_sha256": model_hash(found.model),
         "pairs": None
@@ -109,7 +109,6 @@ def distill(
         objective = DistillObjective(
             source, config.train, null_label, k=config.k, distance=config.distance
         )
-        check_output(trained, objective)
         return run_trainer(
             "distill",
             "distill",
@@ -123,3 +122,16 @@ def distill(
             sample_shape=found.sample_shape,
             described=described,
         )
+
+
+def _check_student(
+    student: nn.Module, teacher: Teacher, source: torch.Tensor | PairStore | None
+) -> None:
+    """One evaluation on the kind of samples that the student will see."""
+    device = device_of(student)
+    if isinstance(source, PairStore):
+        x, _, condition = source.batch(torch.arange(min(2, len(source))), device=device)
+    else:
+        x = torch.zeros(2, *teacher.sample_shape, device=device)
+        condition = {} if source is None else {"y": source[:2].to(device)}
+    check_call(student, x, torch.zeros(len(x), device=device), condition)

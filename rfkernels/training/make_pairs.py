@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,42 +113,41 @@ def make_pairs(
         raise FileExistsError(
             f"pairs: {folder} is not empty and holds no pairs; give another folder"
         )
-    with Bar("pairs", count, show=progress) as bar:
+    device = torch.device(device)
+    with Bar("pairs", count, show=progress) as bar, _evaluating(velocity), torch.no_grad():
         todo = _unfinished(folder, manifest, bar)
         if todo:
-            _say_space(
-                folder, shape, conditions, sum(len(shard_rows(manifest, n)) for n in todo), bar
-            )
+            # Arguments that cannot work are refused before anything is written.
+            _solve(velocity, manifest, torch.zeros(1, dtype=torch.int64), conditions, device)
+            pairs_to_do = sum(len(shard_rows(manifest, n)) for n in todo)
+            _say_space(folder, shape, conditions, pairs_to_do, bar)
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "manifest.json").exists():
                 write_json(folder / "manifest.json", manifest)
-        training = velocity.training if isinstance(velocity, nn.Module) else False
-        if isinstance(velocity, nn.Module):
-            velocity.eval()
-        try:
-            for done, number in enumerate(todo):
-                try:
-                    _make_shard(
-                        velocity,
-                        folder,
-                        manifest,
-                        number,
-                        conditions,
-                        batch,
-                        torch.device(device),
-                        bar,
-                    )
-                except KeyboardInterrupt:
-                    finished = shard_count(manifest) - len(todo) + done
-                    raise KeyboardInterrupt(
-                        f"make_pairs: stopped; {finished} of {shard_count(manifest)} shards are "
-                        f"finished in "
-                        f"{folder}; go on with resume=True"
-                    ) from None
-        finally:
-            if isinstance(velocity, nn.Module):
-                velocity.train(training)
+        for done, number in enumerate(todo):
+            try:
+                _make_shard(velocity, folder, manifest, number, conditions, batch, device, bar)
+            except KeyboardInterrupt:
+                whole = shard_count(manifest)
+                raise KeyboardInterrupt(
+                    f"make_pairs: stopped; {whole - len(todo) + done} of {whole} shards are "
+                    f"finished in {folder}; go on with resume=True"
+                ) from None
     return PairStore(folder)
+
+
+@contextmanager
+def _evaluating(velocity: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """A network is in evaluation mode inside, and as it was afterwards."""
+    if not isinstance(velocity, nn.Module):
+        yield
+        return
+    training = velocity.training
+    velocity.eval()
+    try:
+        yield
+    finally:
+        velocity.train(training)
 
 
 def _conditions(
@@ -215,7 +215,28 @@ def _say_space(
         raise OSError(f"make_pairs: {text}")
 
 
-@torch.no_grad()
+def _solve(
+    velocity: Callable[..., torch.Tensor],
+    manifest: dict[str, Any],
+    index: torch.Tensor,
+    conditions: dict[str, torch.Tensor],
+    device: torch.device,
+) -> torch.Tensor:
+    """The ends of the pairs `index`, on the CPU."""
+    guided = manifest["guidance_scale"] is not None
+    x0 = randn(len(index), *manifest["shape"], seed=manifest["seed"], offset=index.to(device))
+    x1 = sample(
+        velocity,
+        x0,
+        steps=manifest["steps"],
+        solver=manifest["solver"],
+        condition={name: value[index].to(device) for name, value in conditions.items()},
+        uncondition={} if guided else None,
+        guidance_scale=manifest["guidance_scale"],
+    )
+    return x1.cpu()
+
+
 def _make_shard(
     velocity: Callable[..., torch.Tensor],
     folder: Path,
@@ -229,24 +250,13 @@ def _make_shard(
     rows, ends = shard_rows(manifest, number), []
     for first in range(rows.start, rows.stop, batch):
         index = torch.arange(first, min(first + batch, rows.stop))
-        part = {name: value[index].to(device) for name, value in conditions.items()}
-        guided = manifest["guidance_scale"] is not None
-        x0 = randn(len(index), *manifest["shape"], seed=manifest["seed"], offset=index.to(device))
-        x1 = sample(
-            velocity,
-            x0,
-            steps=manifest["steps"],
-            solver=manifest["solver"],
-            condition=part,
-            uncondition={} if guided else None,
-            guidance_scale=manifest["guidance_scale"],
-        )
+        x1 = _solve(velocity, manifest, index, conditions, device)
         if not torch.isfinite(x1).all():
             raise ValueError(
                 f"make_pairs: the teacher's flow is not finite for pairs {first} to "
                 f"{first + len(index) - 1}"
             )
-        ends.append(x1.cpu())
+        ends.append(x1)
         bar.advance(len(index))
     stored = {
         f"condition.{name}": value[rows.start : rows.stop] for name, value in conditions.items()

@@ -20,9 +20,15 @@ from rfkernels.training.sources import Draw, Source
 
 __all__ = ["Batch", "DistillObjective", "FlowObjective", "Objective"]
 
-# A step's tensors by name, all with the same first dimension, so that micro-batches are slices. "y"
-# and whatever else starts with "condition." is the condition of the network.
+# A step's tensors by name, all with the same first dimension, so that micro-batches are slices:
+# "xt", "t", "target", and as "condition.<name>" the keyword arguments of the network.
 Batch = dict[str, torch.Tensor]
+
+
+def batch_condition(batch: Batch) -> dict[str, torch.Tensor]:
+    """The keyword arguments of the network in a batch."""
+    prefix = "condition."
+    return {n.removeprefix(prefix): v for n, v in batch.items() if n.startswith(prefix)}
 
 
 class Objective(Protocol):
@@ -63,13 +69,8 @@ class _OnSource:
         )
 
     def _velocity(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        condition = {
-            name.removeprefix("condition."): value
-            for name, value in batch.items()
-            if name.startswith("condition.")
-        }
         with self._autocast():
-            return model(batch["xt"], batch["t"], **condition).float()
+            return model(batch["xt"], batch["t"], **batch_condition(batch)).float()
 
     def _batch(self, draw: Draw, t: torch.Tensor) -> Batch:
         noise = (

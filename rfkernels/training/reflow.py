@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rfkernels.ops.random import derive_seed
+from rfkernels.training.checks import check_destination, check_label_dropout
 from rfkernels.training.config import DistillConfig, ReflowConfig
 from rfkernels.training.make_pairs import make_pairs, model_hash
 from rfkernels.training.objectives import FlowObjective
@@ -18,12 +19,7 @@ from rfkernels.training.pairs import PairStore
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
 from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
-from rfkernels.training.train import (
-    check_destination,
-    check_label_dropout,
-    describe_run,
-    run_trainer,
-)
+from rfkernels.training.train import describe_run, run_trainer
 from rfkernels.training.trainer import RunResult, device_of
 
 __all__ = ["reflow"]

@@ -6,16 +6,17 @@ function of the seed and p alone, so a resumed run needs no state of a random ge
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from rfkernels.data import Data, Dataset, epoch_order, split
+from rfkernels.data import Data, Dataset, Rows, epoch_order, split_rows
+from rfkernels.flow.couplings import MinibatchOT
 from rfkernels.ops.random import derive_seed, randn
 
 __all__ = ["DataSource", "Draw", "PairSource", "Source"]
-
-HELD_OUT = 1024  # samples that the held-out loss is measured on, at most
 
 
 class Draw(NamedTuple):
@@ -43,23 +44,23 @@ class Source(Protocol):
 
 
 class _Order:
-    """Maps positions to rows: every epoch is a permutation of its own, and batches run across
-    epochs."""
+    """Maps positions to rows. Of a sized set every epoch is a permutation of its own, and batches
+    run across epochs; of an endless stream, position p is row first + p."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
+    def __init__(self, size: int | None, seed: int, first: int = 0) -> None:
+        self.size, self.seed, self.first = size, seed, first
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def rows(self, start: int, count: int) -> torch.Tensor:
+        if self.size is None:
+            return torch.arange(start, start + count) + self.first
         pieces = []
         while count > 0:
-            epoch, first = divmod(start, self.size)
+            epoch, row = divmod(start, self.size)
             if epoch != self._epoch:
-                self._epoch, self._order = (
-                    epoch,
-                    epoch_order(self.size, seed=self.seed, epoch=epoch),
-                )
-            piece = self._order[first : first + count]
+                self._epoch = epoch
+                self._order = epoch_order(self.size, seed=self.seed, epoch=epoch)
+            piece = self._order[row : row + count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -93,28 +94,27 @@ class DataSource:
         self.sample_shape, self.device, self.conditional = data.sample_shape, device, conditional
         self._noise = derive_seed(seed, "noise")
         self._held_noise = derive_seed(seed, "holdout noise")
-        self._data, self._held = _parts(data, holdout, seed, device)
-        self._source, self._held_source = (
-            (None, None) if x0 is None else _parts(x0, holdout, seed, device)
-        )
-        self._order = _order(self._data, derive_seed(seed, "shuffle"))
-        # "given": both sides take the same rows.
-        self._source_order = (
-            self._order
-            if coupling == "given"
-            else _order(self._source, derive_seed(seed, "shuffle source"))
-        )
-        self._transport = None
-        if coupling == "ot":
-            from rfkernels.flow import MinibatchOT
-
-            self._transport = MinibatchOT()
+        self._train, self._held = _parts(data, holdout, seed, device)
+        self._order = _Order(self._train.size, derive_seed(seed, "shuffle"))
+        self._from: Data | None = None
+        self._held_from: Data | None = None
+        if x0 is not None:
+            self._from, self._held_from = _parts(x0, holdout, seed, device)
+            # "given": both sides take the same rows. Else two streams must not meet at equal rows,
+            # which would couple a stream to itself.
+            self._from_order = (
+                self._order
+                if coupling == "given"
+                else _Order(self._from.size, derive_seed(seed, "shuffle source"), first=2**61)
+            )
+        self._transport = MinibatchOT() if coupling == "ot" else None
 
     def draw(self, start: int, count: int) -> Draw:
-        x1, condition = self._take(self._data, self._rows(self._order, start, count))
+        x1, labels = self._rows(self._train, self._order.rows(start, count))
         offset = torch.arange(start, start + count, device=self.device)
-        if self._source is not None:
-            x0, _ = self._take(self._source, self._rows(self._source_order, start, count))
+        condition = {} if labels is None or not self.conditional else {"y": labels}
+        if self._from is not None:
+            x0, _ = self._rows(self._from, self._from_order.rows(start, count))
         elif self._transport is not None:
             x0 = randn(
                 count, *self.sample_shape, seed=self._noise, offset=offset, device=self.device
@@ -122,38 +122,26 @@ class DataSource:
         else:
             return Draw(x1, None, self._noise, offset, condition)
         if self._transport is not None:
-            x0, x1, _ = self._transport(x0, x1)
+            x0, _, _ = self._transport(x0, x1)  # x0 moves; x1 and its labels stay
         return Draw(x1, x0, None, None, condition)
 
     def held_out(self) -> Draw | None:
         if self._held is None:
             return None
-        count = HELD_OUT if self._held.size is None else min(self._held.size, HELD_OUT)
-        if self._held_source is not None and self._held_source.size is not None:
-            count = min(count, self._held_source.size)
-        rows = torch.arange(count) + _held_start(self._held)
-        x1, condition = self._take(self._held, rows)
-        if self._source is None:
-            return Draw(
-                x1, None, self._held_noise, torch.arange(count, device=self.device), condition
-            )
-        if self._held_source is None:
-            return None
-        x0, _ = self._take(self._held_source, torch.arange(count) + _held_start(self._held_source))
+        sizes = [part.size for part in (self._held, self._held_from) if part and part.size]
+        count = min([held_out_count(self.sample_shape), *sizes])
+        index = torch.arange(count)
+        x1, labels = self._rows(self._held, index if self._held.size else index + _FAR)
+        condition = {} if labels is None or not self.conditional else {"y": labels}
+        if self._held_from is None:
+            return Draw(x1, None, self._held_noise, index.to(self.device), condition)
+        x0, _ = self._rows(self._held_from, index if self._held_from.size else index + _FAR)
         return Draw(x1, x0, None, None, condition)
 
-    @staticmethod
-    def _rows(order: _Order | None, start: int, count: int) -> torch.Tensor:
-        return torch.arange(start, start + count) if order is None else order.rows(start, count)
-
-    def _take(self, data: Data, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if isinstance(data, Dataset) and data.x.device != torch.device("cpu"):
-            rows = rows.to(data.x.device)
-        x, labels = data.rows(rows)
-        condition = {}
-        if self.conditional and labels is not None and data is not self._source:
-            condition["y"] = labels.to(self.device)
-        return x.to(self.device, torch.float32), condition
+    def _rows(self, data: Data, index: torch.Tensor) -> Rows:
+        x, labels = data.rows(index)
+        labels = None if labels is None else labels.to(self.device)
+        return Rows(x.to(self.device, torch.float32), labels)
 
 
 # Held-out samples of an endless stream: indices that no run reaches.
@@ -161,22 +149,35 @@ _FAR = 2**62
 _RESIDENT = 2 << 30  # bytes of a data set that is kept on an accelerator whole
 
 
-def _held_start(data: Data) -> int:
-    return _FAR if data.size is None else 0
+def held_out_count(sample_shape: tuple[int, ...]) -> int:
+    """How many samples the held-out loss is measured on, at most: 1024, fewer of large ones."""
+    return min(1024, max(16, 2**26 // math.prod(sample_shape)))
 
 
-def _order(data: Data | None, seed: int) -> _Order | None:
-    return None if data is None or data.size is None else _Order(data.size, seed)
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a sized data set."""
+
+    data: Data
+    index: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+    def rows(self, index: torch.Tensor) -> Rows:
+        return self.data.rows(self.index[index])
 
 
 def _parts(data: Data, holdout: float, seed: int, device: torch.device) -> tuple[Any, Any]:
     """The training and held-out part; a small set moves to the accelerator once."""
     if data.size is None:
         return data, data if holdout else None
-    if data.x.numel() * 4 <= _RESIDENT:
+    if isinstance(data, Dataset) and data.x.numel() * 4 <= _RESIDENT:
         labels = None if data.labels is None else data.labels.to(device)
         data = Dataset(data.x.to(device, torch.float32), labels, data.name)
-    return split(data, holdout, seed)
+    train, held = split_rows(data.size, holdout, seed)
+    return _Part(data, train), _Part(data, held) if len(held) else None
 
 
 class PairSource:
@@ -205,4 +206,6 @@ class PairSource:
     def held_out(self) -> Draw | None:
         if not self._held:
             return None
-        return self._pick(self._train + torch.arange(min(self._held, HELD_OUT)))
+        return self._pick(
+            self._train + torch.arange(min(self._held, held_out_count(self.sample_shape)))
+        )

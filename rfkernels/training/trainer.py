@@ -140,13 +140,14 @@ class Trainer:
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 self._log(step)
-            if self.run is not None and (step % config.checkpoint_every == 0 or last):
+            stop = guard.requested
+            if self.run is not None and (step % config.checkpoint_every == 0 or last or stop):
                 self._refuse_divergence(step)
                 self._save(step)
             if self.picture is not None and config.sample_every and step % config.sample_every == 0:
                 self.picture(self._ema.model, step)
             self._bar.advance()
-            if guard.requested and not last:
+            if stop:
                 self._stop(step)
         self.model.eval()
 
@@ -206,7 +207,7 @@ class Trainer:
 
     def _refuse_divergence(self, step: int) -> None:
         """A checkpoint of weights that are not finite would in time replace the good ones."""
-        norms = torch.stack(torch._foreach_norm(self._parameters)).float()
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(self._parameters)])
         if not math.isfinite((norms.sum() + self._loss_sum).item()):
             self._diverged(step)
 
@@ -253,7 +254,10 @@ class Trainer:
         found = checkpoints.latest(self.run.checkpoints)
         if found is None:
             return None
-        self.model.load_state_dict(found.tensors("model"))
+        try:
+            self.model.load_state_dict(found.tensors("model"))
+        except RuntimeError as error:
+            raise ValueError(f"model: is not the network of {self.run.path}: {error}") from error
         self._ema.model.load_state_dict(found.tensors("ema"))
         load_optimizer(self.model, self._optimizer, found.tensors("optimizer"))
         self._loss_sum.fill_(found.state["loss_sum"])
@@ -266,9 +270,6 @@ class Trainer:
             raise KeyboardInterrupt(
                 f"{self.name}: stopped after step {step}; without a run folder nothing is kept"
             )
-        if step % self.config.checkpoint_every:
-            self._refuse_divergence(step)
-            self._save(step)
         raise KeyboardInterrupt(
             f"{self.name}: stopped after step {step} and saved; go on with resume=True "
             f"(--resume) and the "

@@ -207,6 +207,10 @@ def test_bad_requests_write_nothing(tmp_path, pairs):
     for call, kind, message in cases:
         with pytest.raises(kind, match=message):
             call()
+    narrow = models.build("mlp", sample_shape=(3,), width=8)
+    for options in ({"pairs": pairs}, {}):
+        with pytest.raises(ValueError, match="model: cannot take the samples"):
+            distill(teacher(), small(DistillConfig), student=narrow, run=run, **options)
     assert not run.exists()
 
 

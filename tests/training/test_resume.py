@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,12 @@ def test_ctrl_c_saves_between_steps_and_says_how_to_go_on(tmp_path):
     assert_same(state(whole), state(run(tmp_path / "a", resume=True, model=Stopping(99, cut))))
 
 
+def test_ctrl_c_in_the_last_step_is_not_swallowed(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 20 and saved"):
+        run(tmp_path / "a", model=Stopping(20, press))
+    assert (tmp_path / "a" / "checkpoints" / "step-20" / "state.json").is_file()
+
+
 def test_second_ctrl_c_stops_at_once(tmp_path):
     def twice():
         press()
@@ -165,70 +172,13 @@ def test_torn_metrics_line_is_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()][-1] == 20
 
 
-# Trains, straightens and distils; what a user would start again after a power cut.
-PROGRAM = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-from rfkernels import models
-from rfkernels.data import toy
-from rfkernels.training import (
-    DistillConfig, ReflowConfig, TrainConfig, distill, reflow, train_flow)
-
-def program(folder):
-    small = dict(batch_size=8, checkpoint_every=6, log_every=5, label_dropout=0.2)
-    model = models.build("mlp", seed=1, sample_shape=(2,), width=16, depth=1, num_classes=2,
-    dropout=0.2) train_flow(model, toy("moons", 50), TrainConfig(steps=45, **small),
-    run=f"{folder}/first", resume=True) config = ReflowConfig(pairs=64, pair_batch=4, pair_steps=3,
-    guidance_scale=2.0,
-                          train=TrainConfig(steps=30, **small))
-    reflow(f"{folder}/first", config, run=f"{folder}/second", resume=True)
-    config = DistillConfig(k=2, train=TrainConfig(steps=20, **small))
-    distill(f"{folder}/second", config, pairs=f"{folder}/second/pairs", run=f"{folder}/third",
-    resume=True)
-
-def fork(folder):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            program(folder)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-root, rng, kills = sys.argv[1], random.Random(0), 0
-program(f"{root}/warm")  # imports and caches, so that the delays below fall into the run itself
-start = time.monotonic()
-assert os.waitpid(fork(f"{root}/whole"), 0)[1] == 0
-lasted = time.monotonic() - start
-while True:
-    child = fork(f"{root}/killed")
-    deadline = time.monotonic() + rng.uniform(0.02, 0.35) * lasted
-    done = 0
-    while not done and time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.0005)
-    if done:
-        assert status == 0, status
-        break
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-    if kills == 60:
-        assert os.waitpid(fork(f"{root}/killed"), 0)[1] == 0
-        break
-print(kills)
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(tmp_path):
     """kill -9 again and again: every weight, average, moment and pair is that of a run never
     killed."""
+    program = Path(__file__).with_name("interrupted_program.py")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3

@@ -1,7 +1,7 @@
 """Run folders: nothing is overwritten, other options are not resumed, two writers do not meet."""
 
-from pathlib import Path
 import sys
+from pathlib import Path
 
 import pytest
 

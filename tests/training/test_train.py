@@ -9,7 +9,7 @@ from torch import nn
 
 import rfkernels as rf
 from rfkernels import models
-from rfkernels.data import Dataset, split, toy
+from rfkernels.data import Dataset, Rows, split, toy
 from rfkernels.training import TrainConfig, TrainingDivergedError, read_metrics, train_flow
 from rfkernels.training.sources import DataSource
 
@@ -272,6 +272,36 @@ def test_endless_streams_train_and_hold_out():
     assert math.isfinite(result.metrics[-1]["holdout_loss"])
     assert result.num_classes is None
     assert train_flow(network(8), toy("ring"), small(label_dropout=0.1)).num_classes == 8
+
+
+def test_two_streams_are_independent():
+    source = DataSource(
+        toy("ring"),
+        x0=toy("ring"),
+        coupling="independent",
+        seed=0,
+        holdout=0.1,
+        conditional=True,
+        device=torch.device("cpu"),
+    )
+    draw = source.draw(0, 4000)
+    assert torch.equal(draw.x1, toy("ring", 4000).x)
+    assert torch.equal(draw.condition["y"], toy("ring", 4000).labels)
+    correlation = torch.corrcoef(torch.cat([draw.x0, draw.x1], dim=1).T)[:2, 2:]
+    assert correlation.abs().max() < 5 / math.sqrt(4000)
+
+
+def test_a_data_set_of_the_users_own():
+    class Squares:
+        name, size, sample_shape, has_labels = "squares", 30, (2,), False
+
+        def rows(self, index):
+            assert index.max() < 30
+            return Rows(index[:, None].float().repeat(1, 2) / 30, None)
+
+    mine = train_flow(network(), Squares(), small(holdout=0.2))
+    same = train_flow(network(), Squares().rows(torch.arange(30)).x, small(holdout=0.2))
+    assert torch.equal(weights(mine.model), weights(same.model))
 
 
 class Broken(nn.Module):
