@@ -20,8 +20,8 @@ def residual(prediction, target, x0, x1, seed, offset) -> torch.Tensor:
 
 def sample_losses(r: torch.Tensor, kind: str, huber_c: float) -> torch.Tensor:
     """(B,) unweighted losses of residuals (B, ...)."""
-    rows = r.reshape(r.shape[0], -1) if r.numel() else r.new_zeros(r.shape[0], 0)
-    elements = max(math.prod(r.shape[1:]), 1)
+    elements = math.prod(r.shape[1:])
+    rows = r.reshape(r.shape[0], elements)
     if kind == "mse":
         return (rows * rows).sum(1) / elements
     if kind == "pseudo_huber":
@@ -35,7 +35,7 @@ def sample_gradients(r: torch.Tensor, kind: str, huber_c: float) -> torch.Tensor
     if kind == "mse":
         return r * (2.0 / elements)
     if kind == "pseudo_huber":
-        total = (r * r).reshape(r.shape[0], -1).sum(1) if r.numel() else r.new_zeros(r.shape[0])
+        total = (r * r).reshape(r.shape[0], math.prod(r.shape[1:])).sum(1)
         return r * scalar_like(1.0 / (elements * torch.sqrt(total + huber_c**2)), r)
     return r / torch.sqrt(r * r + huber_c**2) / elements
 

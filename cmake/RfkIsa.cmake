@@ -1,0 +1,29 @@
+# One object library per instruction set level from the same sources; flags stay on those objects.
+set(RFK_CPU_SOURCES
+    csrc/cpu/flow_loss.cpp
+    csrc/cpu/interpolate.cpp
+    csrc/cpu/ode_step.cpp
+    csrc/cpu/random.cpp
+    csrc/cpu/table.cpp)
+
+set(RFK_X86 0)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|i[3-6]86)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set(RFK_X86 1)
+endif()
+
+# No fma contraction: every level must give the same bits. The other two flags let sqrt and selects vectorise; neither
+# changes a value.
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set(RFK_MATH_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)
+endif()
+
+function(rfk_add_isa level)
+  add_library(rfk_cpu_${level} OBJECT ${RFK_CPU_SOURCES})
+  target_include_directories(rfk_cpu_${level} PRIVATE csrc csrc/include)
+  target_compile_definitions(rfk_cpu_${level} PRIVATE RFK_ISA_NAMESPACE=${level} RFK_X86=${RFK_X86})
+  target_compile_options(rfk_cpu_${level} PRIVATE ${RFK_MATH_FLAGS} ${ARGN})
+  if(OpenMP_CXX_FOUND)
+    target_compile_options(rfk_cpu_${level} PRIVATE ${OpenMP_CXX_FLAGS})
+  endif()
+  target_sources(rfk_core PRIVATE $<TARGET_OBJECTS:rfk_cpu_${level}>)
+endfunction()

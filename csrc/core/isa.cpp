@@ -1,0 +1,65 @@
+// isa.cpp: which instruction set level this CPU runs, capped by RFK_MAX_ISA (read once) and by rfk_isa_cap.
+//
+// Levels follow feature bits, never a CPU model: avx2 is x86-64-v3 (AVX2, FMA, F16C, BMI2), avx512 is x86-64-v4 (F, BW,
+// CD, DQ, VL). Every other processor is at the baseline.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/status.h"
+#include "rfk/rfk.h"
+
+namespace {
+
+int32_t detect() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                  __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v4 ? RFK_ISA_AVX512 : v3 ? RFK_ISA_AVX2 : RFK_ISA_BASELINE;
+#else
+  return RFK_ISA_BASELINE;
+#endif
+}
+
+int32_t environment_cap() {
+  const char* value = std::getenv("RFK_MAX_ISA");
+  if (value == nullptr || *value == '\0') return RFK_ISA_COUNT - 1;
+  const char* names[RFK_ISA_COUNT] = {"baseline", "avx2", "avx512", "amx"};
+  for (int32_t level = 0; level < RFK_ISA_COUNT; ++level) {
+    if (std::strcmp(value, names[level]) == 0) return level;
+  }
+  return RFK_ISA_COUNT - 1;  // the Python side refuses an unknown name with a message
+}
+
+std::atomic<int32_t>& cap() {
+  static std::atomic<int32_t> level{environment_cap()};
+  return level;
+}
+
+}  // namespace
+
+extern "C" int32_t rfk_isa_detected(void) {
+  static const int32_t level = detect();
+  return level;
+}
+
+extern "C" int32_t rfk_isa_used(void) {
+  int32_t level = rfk_isa_detected();
+  const int32_t limit = cap().load(std::memory_order_relaxed);
+  if (level > limit) level = limit;
+  while (level > RFK_ISA_BASELINE && !rfk_isa_compiled(level)) --level;
+  return level;
+}
+
+extern "C" rfk_status rfk_isa_cap(int32_t level) {
+  if (level < 0 || level >= RFK_ISA_COUNT) {
+    rfk::set_error("isa level must be 0 to %d; got %d", RFK_ISA_COUNT - 1, level);
+    return RFK_INVALID;
+  }
+  cap().store(level, std::memory_order_relaxed);
+  return RFK_OK;
+}

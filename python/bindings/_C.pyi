@@ -1,0 +1,86 @@
+"""Native kernels of rfkernels; the public functions are in rfkernels.ops."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+MAX_DIMS: int
+
+_Scalar = float | Tensor
+_Counter = int | Tensor
+
+def euler_step(
+    x: Tensor,
+    v: Tensor,
+    v_uncond: Tensor | None,
+    dt: _Scalar,
+    guidance: _Scalar | None,
+    out: Tensor,
+    cast: Tensor | None,
+    /,
+) -> None: ...
+def taylor_step(
+    x: Tensor, derivatives: tuple[Tensor, ...], dt: _Scalar, out: Tensor, cast: Tensor | None, /
+) -> None: ...
+def linear_step(
+    x: Tensor,
+    tensors: tuple[Tensor, ...],
+    x_coefficient: _Scalar,
+    coefficients: tuple[_Scalar, ...],
+    noise: tuple[_Scalar, _Counter, _Counter] | None,
+    out: Tensor,
+    cast: Tensor | None,
+    /,
+) -> None: ...
+def interpolate(
+    x1: Tensor,
+    x0: Tensor | None,
+    t: _Scalar | None,
+    path: int,
+    custom: Sequence[_Scalar] | None,
+    seed: _Counter | None,
+    offset: _Counter | None,
+    xt: Tensor,
+    target: Tensor,
+    x0_out: Tensor | None,
+    /,
+) -> None: ...
+def flow_loss(
+    prediction: Tensor,
+    target: Tensor | None,
+    x0: Tensor | None,
+    x1: Tensor | None,
+    seed: _Counter | None,
+    offset: _Counter | None,
+    weight: Tensor | None,
+    kind: int,
+    c: float,
+    grad_scale: float,
+    losses: Tensor,
+    grad: Tensor | None,
+    workspace: int,
+    /,
+) -> None: ...
+def random(out: Tensor, seed: _Counter, offset: _Counter, distribution: int, /) -> None: ...
+def fast_euler_step(
+    x: Tensor,
+    v: Tensor,
+    v_uncond: Tensor | None,
+    dt: float,
+    guidance: float | None,
+    out: Tensor,
+    grad_enabled: bool,
+    /,
+) -> bool: ...
+def flow_loss_workspace(samples: int, elements_per_sample: int, /) -> int: ...
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int], /) -> tuple[int, int, int, int]: ...
+def launch_counts() -> dict[tuple[str, str], int]: ...
+def isa_detected() -> str: ...
+def isa_used() -> str: ...
+def cap_isa(level: str, /) -> None: ...
+def max_threads() -> int: ...
+def has_openmp() -> bool: ...
+def has_cuda() -> bool: ...
+def cuda_archs() -> str: ...
+def use_exchange_api(enabled: bool, /) -> None: ...
+def exchange_api_in_use() -> bool: ...
