@@ -77,6 +77,8 @@ __global__ void __launch_bounds__(kThreads, D == kAny ? 3 : 4) interpolate_dense
   const int thread = static_cast<int>(threadIdx.x);
   const Spot start = tile_start(p.rows, static_cast<int64_t>(blockIdx.x) * kTile);
   const int64_t limit = p.numel - p.numel % N;
+  // Before the loads: the double precision sine is a call that everything held in registers would be spilled for.
+  fill_table(p, start.sample, table);
 
   Spot spot[kUnroll];
   Raw<D, N> raw_x1[kUnroll], raw_x0[kUnroll];
@@ -90,8 +92,6 @@ __global__ void __launch_bounds__(kThreads, D == kAny ? 3 : 4) interpolate_dense
       if (!kNoise) load_pack<D, N>(p.x0.data, p.x0.dtype, spot[u].index, raw_x0[u]);
     }
   }
-  fill_table(p, start.sample, table);
-
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     if (!spot[u].inside) continue;
