@@ -89,7 +89,9 @@ def _fail(arguments: Sequence[str], error: Exception) -> int:
     name = next((a for a in arguments if a in known), None)
     where = f"rfkernels {name}" if name else "rfkernels"
     hint = f" (see: {where} --help)" if isinstance(error, _UsageError) else ""
-    print(f"{where}: {_one_line(error)}{hint}", file=sys.stderr)
+    # Messages begin with the function they come from, and `rfkernels sample: sample: ...` says it twice.
+    message = _one_line(error).removeprefix(f"{name}: ")
+    print(f"{where}: {message}{hint}", file=sys.stderr)
     return 2
 
 
