@@ -45,8 +45,7 @@ def load_dataset(name: str | Path, **options: Any) -> Data:
     else:
         raise ValueError(
             f"dataset: must be one of {', '.join(DATASETS)}, an .npz or .safetensors file, or a "
-            f"folder of images; "
-            f"got {str(name)!r}"
+            f"folder of images; got {str(name)!r}"
         )
     unknown = sorted(options.keys() - allowed)
     if unknown:

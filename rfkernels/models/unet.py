@@ -99,8 +99,7 @@ class UNet(nn.Module):
         if any(side % factor for side in sides):
             raise ValueError(
                 f"sample_shape: height and width must be multiples of {factor} for "
-                f"{len(multipliers)} levels; "
-                f"got {self.sample_shape}"
+                f"{len(multipliers)} levels; got {self.sample_shape}"
             )
         if heads and (width * multipliers[-1]) % heads:
             raise ValueError(

@@ -56,8 +56,7 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Writes `folder`/step-`step` with one safetensors file per part, then drops all but the newest
-    `keep`."""
+    """Writes `folder`/step-`step` with a safetensors file per part; only the newest `keep` stay."""
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
     temporary = folder / f".step-{step}.{os.getpid()}.tmp"
@@ -84,8 +83,7 @@ def save(
 
 
 def _discard(folder: Path) -> None:
-    """Removes a checkpoint; renamed first, so that a half-removed one is never taken for a
-    checkpoint."""
+    """Removes a checkpoint; renamed first, so that a half-removed one is never read."""
     doomed = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)

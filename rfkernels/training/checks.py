@@ -1,5 +1,4 @@
-"""What is refused before a run writes anything: networks, data and options that do not fit each
-other."""
+"""What is refused before a run writes anything: networks, data, options that do not fit."""
 
 from __future__ import annotations
 
@@ -91,13 +90,12 @@ def check_label_dropout(
     if not conditional:
         raise ValueError(
             f"label_dropout: needs a conditional network and labels; got {config.label_dropout} "
-            f"without"
+            "without"
         )
     if null_label is None:
         raise ValueError(
             "label_dropout: the network must say which label means none, in an attribute "
-            "null_label; "
-            f"{type(model).__name__} has none"
+            f"null_label; {type(model).__name__} has none"
         )
     return null_label
 

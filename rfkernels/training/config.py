@@ -24,8 +24,7 @@ LOSSES = ("mse", "pseudo_huber", "pseudo_huber_elementwise")
 
 @dataclass(frozen=True)
 class OwnObject:
-    """Stands for an object of the user's own in a config that was read back: JSON can only name
-    it."""
+    """Stands for an object of the user's own in a config read back: JSON only names it."""
 
     name: str
 
@@ -233,6 +232,8 @@ def _check_pairs(config: ReflowConfig | DistillConfig) -> None:
         _number("guidance_scale", config.guidance_scale)
     if not isinstance(config.train, TrainConfig):
         raise TypeError(f"train: must be a TrainConfig; got {type(config.train).__name__}")
+    held = round(config.pairs * config.train.holdout)
+    _require(held < config.pairs, "train.holdout", "must leave pairs to train on", held)
     _require(
         config.train.coupling == "independent",
         "train.coupling",

@@ -1,5 +1,4 @@
-"""Configs to and from the JSON values of config.json; an unknown option is refused when it is read
-back."""
+"""Configs to and from the JSON values of config.json; unknown options are refused."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ Config = TypeVar("Config")
 
 
 def _plain(value: Any) -> Any:
-    """What stands in JSON for a value: itself, or for an object its class (and fields, for a
-    dataclass)."""
+    """JSON for a value: itself; for an object its class, and a dataclass's fields."""
     if isinstance(value, TrainConfig):
         return to_dict(value)
     if value is None or isinstance(value, (str, bool, int, float)):
@@ -51,8 +49,11 @@ def _revived(value: Any) -> Any:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config of class `cls` in these JSON values; an unknown key is refused, a missing one has
-    its default."""
+    """The config of class `cls` in JSON values; a missing option has its default.
+
+    Raises:
+        ValueError: an unknown option, or a bad value.
+    """
     if not isinstance(values, Mapping):
         raise TypeError(
             f"{cls.__name__}: must be a mapping of options; got {type(values).__name__}"

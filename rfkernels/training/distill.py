@@ -1,5 +1,4 @@
-"""`distill`: turns a flow into a student of one or k Euler steps (Liu et al., 2023, section
-3.2)."""
+"""`distill`: turns a flow into a student of k Euler steps (Liu et al., 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ def distill(
         if pairs is None
         else {k: pairs.manifest[k] for k in ("seed", "count", "model_sha256")},
         "conditional": conditional,
-        "num_classes": found.num_classes,
+        "num_classes": found.num_classes if conditional else None,
     }
     with ExitStack() as stack:
         opened = None

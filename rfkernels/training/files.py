@@ -1,5 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to the disk, then
-renamed into it."""
+"""Files that are whole or absent: written beside their place, flushed, then renamed into it."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ __all__ = [
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable (a no-op where folders cannot be opened, as on
-    Windows)."""
+    """Makes renames inside `folder` durable (a no-op on Windows, which opens no folders)."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -87,8 +85,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def plain_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as safetensors takes them: contiguous, on the CPU, none sharing memory with
-    another (tied weights)."""
+    """The tensors as safetensors takes them: contiguous, on the CPU, sharing no memory."""
     plain: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

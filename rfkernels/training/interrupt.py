@@ -1,5 +1,4 @@
-"""Ctrl-C between steps: the first one asks the loop to stop after its step, a second one stops at
-once."""
+"""Ctrl-C between steps: the first lets the loop finish its step, a second stops it at once."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _rebuilt(described: dict[str, Any]) -> nn.Module:
     if "name" not in described:
         raise ValueError(
             f"model: this run trained a network of your own ({described.get('class')}); pass one "
-            f"as load(..., model=...)"
+            "as load(..., model=...)"
         )
     return models.build(described["name"], seed=0, **described["options"])
 

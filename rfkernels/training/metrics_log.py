@@ -1,5 +1,4 @@
-"""metrics.jsonl: one JSON object a line, each with its `step`; and TensorBoard events when asked
-for."""
+"""metrics.jsonl: one JSON object a line, each with its `step`; TensorBoard events on request."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ def _tensorboard_writer(folder: Path, resume_at: int) -> Any:
 
 
 class MetricsLog:
-    """Appends metrics to `file` (None: only to `entries`), after dropping what a resumed run will
-    write again."""
+    """Keeps metrics in `entries` and, unless it is None, in `file`.
+
+    Lines of steps after `resume_at` are dropped: the resumed run writes them again.
+    """
 
     def __init__(
         self, file: Path | None, *, resume_at: int = 0, tensorboard: Path | None = None

@@ -111,8 +111,7 @@ class PairStore:
         if missing:
             raise FileNotFoundError(
                 f"pairs: {len(missing)} of {count} shards are missing in {self.folder}; finish "
-                f"them with "
-                "make_pairs(..., resume=True)"
+                "them with make_pairs(..., resume=True)"
             )
         shards = [
             read_shard(shard_file(self.folder, n), shard_rows(self.manifest, n))

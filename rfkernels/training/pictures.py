@@ -1,5 +1,4 @@
-"""Samples drawn while training: a safetensors file at each of the chosen steps, and a PNG where
-Pillow is installed."""
+"""Samples drawn while training: safetensors at each chosen step, PNG where Pillow is."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ COUNT = 64
 
 
 class Pictures:
-    """Writes `folder`/step-N.safetensors (and .png for images) from the same 64 noises every
-    time."""
+    """Writes `folder`/step-N.safetensors (and .png for images) from 64 noises that never change."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""`reflow`: straightens a flow by training on the pairs that its own ODE makes (Liu et al., 2023,
-section 3.1)."""
+"""`reflow`: straightens a flow by training on its own ODE's pairs (Liu et al., 2023, 3.1)."""
 
 from __future__ import annotations
 
@@ -35,13 +34,13 @@ def reflow(
     resume: bool = False,
     progress: bool = False,
 ) -> RunResult:
-    """Makes pairs with the teacher's EMA network and fine-tunes a copy of it on them,
-    `config.rounds` times.
+    """Makes pairs with the teacher's EMA network and trains a copy of it on them.
 
     Args:
         teacher: a RunResult, a run folder, a LoadedRun, or a network (velocity of time t = 0
             source, 1 data).
-        config: a ReflowConfig; None for its defaults.
+        config: a ReflowConfig; None for its defaults. Of several rounds, each has the network of
+            the one before as its teacher.
         sample_shape: shape of one sample; known for a run.
         labels: (config.pairs,) labels or (config.pairs, C) condition vectors of the pairs; by
             default every class of a class-conditional teacher equally often.

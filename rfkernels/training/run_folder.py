@@ -1,5 +1,4 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoints/, pairs/ and samples/, and the lock that
-one writer holds."""
+"""A run folder: config.json, metrics.jsonl, checkpoints/, pairs/, samples/, one writer's lock."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first entry in which two descriptions differ, leaving out those that do not change the
-    weights."""
+    """The first entry in which two descriptions differ, among those that change the weights."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(k for k in old if k not in new)]:
             if key in FREE:
@@ -100,8 +98,8 @@ class RunFolder:
         if (self.path / "config.json").exists():
             if not resume:
                 raise FileExistsError(
-                    f"run: {self.path} holds a run already; give another folder, or resume=True "
-                    f"to go on with it"
+                    f"run: {self.path} holds a run already; give another folder, "
+                    "or resume=True to go on with it"
                 )
             found = _difference(read_config(self.path), described)
             if found:

@@ -10,8 +10,7 @@ __all__ = ["learning_rate"]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then constant or half a cosine down to zero
-    at `steps`."""
+    """The rate of `step` (from 0): linear warm-up, then constant or half a cosine to zero."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

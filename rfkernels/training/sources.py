@@ -20,8 +20,10 @@ __all__ = ["DataSource", "Draw", "PairSource", "Source"]
 
 
 class Draw(NamedTuple):
-    """Samples of a coupling: x1, and x0 either as a tensor or as the (seed, offset) it is drawn
-    from."""
+    """Samples of a coupling: x1; and x0, as a tensor or as the (seed, offset) it is drawn from.
+
+    `condition` holds keyword arguments of the network.
+    """
 
     x1: torch.Tensor
     x0: torch.Tensor | None
@@ -44,8 +46,11 @@ class Source(Protocol):
 
 
 class _Order:
-    """Maps positions to rows. Of a sized set every epoch is a permutation of its own, and batches
-    run across epochs; of an endless stream, position p is row first + p."""
+    """Maps positions to rows.
+
+    Of a sized set every epoch is a permutation of its own, and batches run across epochs; of an
+    endless stream, position p is row first + p.
+    """
 
     def __init__(self, size: int | None, seed: int, first: int = 0) -> None:
         self.size, self.seed, self.first = size, seed, first
@@ -181,8 +186,7 @@ def _parts(data: Data, holdout: float, seed: int, device: torch.device) -> tuple
 
 
 class PairSource:
-    """Pairs (x0, x1) of a PairStore, the last `holdout` of them held out (every pair is an
-    independent draw)."""
+    """Pairs (x0, x1) of a PairStore, the last of them held out: all are independent draws."""
 
     def __init__(self, pairs: Any, *, seed: int, holdout: float, device: torch.device) -> None:
         self.sample_shape, self.device, self._pairs = pairs.sample_shape, device, pairs

@@ -1,5 +1,4 @@
-"""The teacher of reflow and distillation, from whatever the caller has: a result, a run folder, a
-network."""
+"""The teacher of reflow and distillation, from a result, a run folder or a network."""
 
 from __future__ import annotations
 
@@ -59,7 +58,9 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
         shape, classes, conditional = teacher.sample_shape, teacher.num_classes, teacher.conditional
     elif isinstance(teacher, nn.Module):
         model = weights = teacher
-        shape, classes, conditional = getattr(teacher, "sample_shape", None), None, False
+        null_label = getattr(teacher, "null_label", None)
+        classes = null_label if isinstance(null_label, int) else None
+        shape, conditional = getattr(teacher, "sample_shape", None), classes is not None
     else:
         raise TypeError(
             "teacher: must be a RunResult, a run folder, a LoadedRun or a torch.nn.Module; "
@@ -77,8 +78,10 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
             "sample_shape: give the shape of one sample, for a teacher that is a bare network"
         )
     trainable = {name: p.requires_grad for name, p in weights.named_parameters()}
-    if not any(trainable.values()):
-        raise ValueError("teacher: has no weights to train (no parameter requires a gradient)")
+    if not trainable:
+        raise ValueError("teacher: has no weights to train")
+    if not any(trainable.values()):  # frozen to be a teacher; its student is not
+        trainable = dict.fromkeys(trainable, True)
     return Teacher(
         copy.deepcopy(model).eval().requires_grad_(False),
         tuple(shape),
@@ -89,8 +92,7 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
 
 
 def pair_labels(teacher: Teacher, labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    """The labels of the pairs: those given; else every class equally often; None for an
-    unconditional teacher."""
+    """The labels of the pairs: those given, or every class equally often; None for no condition."""
     if labels is not None:
         if not isinstance(labels, torch.Tensor):
             raise TypeError(f"labels: must be a tensor or None; got {type(labels).__name__}")
@@ -112,13 +114,12 @@ def pair_labels(teacher: Teacher, labels: torch.Tensor | None, count: int) -> to
 def check_flow(
     teacher: Teacher, labels: torch.Tensor | None, config: ReflowConfig | DistillConfig
 ) -> None:
-    """Solves one tiny flow, so that a solver, a guidance or labels that cannot work are refused
-    before writing."""
+    """Solves one tiny flow, so that a solver, guidance or labels that cannot work are refused."""
     guided = config.guidance_scale is not None
     if guided and labels is None:
         raise ValueError(
             f"guidance_scale: needs a conditional teacher or labels; got {config.guidance_scale} "
-            f"without"
+            "without"
         )
     device = device_of(teacher.model)
     x0 = randn(1, *teacher.sample_shape, seed=0, device=device)

@@ -127,8 +127,7 @@ def run_trainer(
     sample_shape: tuple[int, ...],
     described: Mapping[str, Any],
 ) -> RunResult:
-    """Opens the run folder, trains, and gathers the result: what train_flow, reflow and distill
-    have in common."""
+    """Opens the folder, trains, gathers the result: what the three public functions share."""
     description = describe_run(kind, model, config, sample_shape, described)
     opened = run if isinstance(run, RunFolder) else None
     folder = opened

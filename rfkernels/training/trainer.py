@@ -1,8 +1,8 @@
-"""The training loop: optimizer, average, checkpoints, metrics. What is minimised is the objective's
-affair."""
+"""The training loop: optimizer, average, checkpoints, metrics. Objectives say what to minimise."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +27,9 @@ from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.schedule import learning_rate
 
 __all__ = ["RunResult", "Trainer", "TrainingDivergedError"]
+
+
+_log = logging.getLogger("rfkernels")
 
 
 class TrainingDivergedError(RuntimeError):
@@ -219,7 +222,7 @@ class Trainer:
         raise TrainingDivergedError(
             f"{self.name}: the loss stopped being finite before step {step}{kept}. "
             f"Lower learning_rate ({self.config.learning_rate:g}), raise warmup_steps, or look "
-            f"for NaN in the data"
+            "for NaN in the data"
         )
 
     def _save(self, step: int) -> None:
@@ -242,8 +245,7 @@ class Trainer:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{self.name}: cannot write the checkpoint of step {step} to "
-                f"{self.run.checkpoints} "
+                f"{self.name}: cannot write the checkpoint of step {step} to {self.run.path} "
                 f"({error.strerror or error}); free some space and go on with resume=True",
             ) from error
 
@@ -263,6 +265,9 @@ class Trainer:
         self._loss_sum.fill_(found.state["loss_sum"])
         self._loss_count = found.state["loss_count"]
         self._seen = found.state["seconds"]
+        before, now = found.state["num_threads"], torch.get_num_threads()
+        if before != now:
+            _log.info("%s: resumed on %d threads after %d; bits may differ", self.name, now, before)
         return found.step
 
     def _stop(self, step: int) -> None:
@@ -272,8 +277,7 @@ class Trainer:
             )
         raise KeyboardInterrupt(
             f"{self.name}: stopped after step {step} and saved; go on with resume=True "
-            f"(--resume) and the "
-            f"same options on {self.run.path}"
+            f"(--resume) and the same options on {self.run.path}"
         )
 
 
