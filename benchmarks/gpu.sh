@@ -76,7 +76,8 @@ build_by_pip() {
 
 # Without scikit-build-core or pybind11: the core by cmake, the module by hand against the pybind11 that torch brings.
 build_by_hand() {
-  local headers suffix
+  local headers suffix toolkit
+  toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
   headers=$("$python" -c 'import pybind11; print(pybind11.get_include())' 2>/dev/null ||
     "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
   if [ ! -f "$headers/pybind11/pybind11.h" ]; then
@@ -90,7 +91,7 @@ build_by_hand() {
     c++ -O3 -std=c++17 -fPIC -shared -fvisibility=hidden -fopenmp "-I$headers" "-I$root/csrc/include" "-I$root/csrc" \
       "-I$root/python/bindings" \
       "-I$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" "$root"/python/bindings/*.cpp \
-      "$work/build/librfk_core.a" "-L$(dirname "$(dirname "$(command -v nvcc)")")/lib64" -lcudart_static -lrt -ldl \
+      "$work/build/librfk_core.a" "-L$toolkit/lib64" "-L$toolkit/targets/x86_64-linux/lib" -lcudart_static -lrt -ldl \
       -lpthread -o "$site/rfkernels/_C$suffix"
 }
 export -f build_by_pip build_by_hand

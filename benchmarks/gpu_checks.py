@@ -1,8 +1,8 @@
 """Checks that need a GPU: equal bits across backends, one launch per step, graph capture, side streams, bandwidth.
 
 ``python benchmarks/gpu_checks.py --out checks.json`` runs every check by itself and records what each found; exit code
-1 when one failed. ``gpu.sh`` calls it after building. ``--smoke`` runs one small call of every kernel family and nothing
-else: that is what compute-sanitizer is given.
+1 when one failed. ``gpu.sh`` calls it after building. ``--smoke`` runs one small call of every kernel family
+and nothing else: that is what compute-sanitizer is given.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ __device__ RFK_NOINLINE void interpolate_tail(const Interpolation<C>& p, Spot sp
 
 // D: dtype of every tensor.
 template <class C, int D, int N, bool kNoise>
-__global__ void __launch_bounds__(kThreads, D == kAny ? 3 : 4) interpolate_dense(const __grid_constant__ Interpolation<C> p) {
+__global__ void __launch_bounds__(kThreads, D == kAny || N == 8 ? 3 : 4) interpolate_dense(const __grid_constant__ Interpolation<C> p) {
   RFK_DYNAMIC_SHARED(Coefficients<C>, table);
   constexpr int kTile = kThreads * kUnroll * N;
   const int thread = static_cast<int>(threadIdx.x);

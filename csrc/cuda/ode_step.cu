@@ -76,7 +76,7 @@ __device__ RFK_NOINLINE void step_tail(const Step<C>& p, Spot spot) {
 
 // S, V, K: dtypes of the state, of the terms and of the cast copy.
 template <class C, int S, int V, int K, int N, bool kGuidedForm, bool kNoise>
-__global__ void __launch_bounds__(kThreads, S == kAny ? 3 : N == 8 || kNoise || kGuidedForm ? 4 : 5) step_dense(const __grid_constant__ Step<C> p) {
+__global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 2 : S == kAny || N == 8 ? 3 : 4) step_dense(const __grid_constant__ Step<C> p) {
   constexpr int kTile = kThreads * kUnroll * N;
   const int thread = static_cast<int>(threadIdx.x);
   const Spot start = tile_start(p.rows, static_cast<int64_t>(blockIdx.x) * kTile);
