@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from rfkernels._errors import BackendUnavailableError
 
 OPS = ("ode_step", "interpolate", "flow_loss", "random")
+MAX_NATIVE_DIMS = 16  # RFK_MAX_DIMS; the reference has the same bits
 BACKENDS = ("native", "triton", "reference")  # in the order of preference
 
 _forced: ContextVar[str | None] = ContextVar("rfkernels_backend", default=None)
@@ -56,6 +57,18 @@ def direct_allowed(*tensors: object) -> bool:
         ):
             return False
     return True
+
+
+def fast_step_allowed() -> bool:
+    """True when the native kernels may be called on plain CPU tensors without going through ``backend``."""
+    return not (
+        torch.compiler.is_compiling()
+        or _mode_depth()
+        or _function_mode_depth()
+        or _peek_functorch() is not None
+        or forward_ad._current_level >= 0
+        or _forced.get() not in (None, "native")
+    )
 
 
 def mark_written(*outputs: object) -> None:
@@ -113,6 +126,8 @@ def backend(op: str, tensor: torch.Tensor) -> ModuleType:
             raise BackendUnavailableError(f"{op}: backend {forced!r} cannot serve tensors on {device_type}: {reason}")
         return _module(forced, op)
     for name in BACKENDS:
+        if name == "native" and tensor.ndim > MAX_NATIVE_DIMS:
+            continue
         # On the CPU, Triton means its interpreter: only by force.
         if (name != "triton" or device_type == "cuda") and unavailable_reason(name, device_type) is None:
             return _module(name, op)

@@ -132,7 +132,7 @@ def output(op: str, name: str, out: object, x: torch.Tensor, dtype: torch.dtype)
         raise ValueError(f"{op}: {name} must have memory of its own for every element; got strides {out.stride()}")
 
 
-def needs_staging(outputs: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor | None]) -> bool:
+def needs_staging(outputs: Sequence[torch.Tensor | None], inputs: Sequence[object]) -> bool:
     """True when an output's memory range meets an input's (or another output's) without being the very same elements.
 
     The kernels read and write element by element, so only identical memory is safe in place; anything else is computed
@@ -140,7 +140,7 @@ def needs_staging(outputs: Sequence[torch.Tensor | None], inputs: Sequence[torch
     """
     given = [o for o in outputs if o is not None]
     for i, out in enumerate(given):
-        if any(t is not None and overlaps(out, t) and not same_memory(out, t) for t in inputs):
+        if any(isinstance(t, torch.Tensor) and overlaps(out, t) and not same_memory(out, t) for t in inputs):
             return True
         if any(overlaps(out, other) for other in given[i + 1 :]):
             return True

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from rfkernels import _dispatch
+from rfkernels.backends.native import fast_euler_step as _fast_euler_step
 from rfkernels.backends.reference import ode_step as reference
 from rfkernels.ops import _checks
 from rfkernels.ops._checks import Counter, Scalar
@@ -54,6 +55,9 @@ def euler_step(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or strides that do not fit; the message says which.
     """
+    if out is not None and cast is None and _dispatch.fast_step_allowed():
+        if _fast_euler_step(x, v, v_uncond, dt, guidance_scale, out, torch.is_grad_enabled()):
+            return out
     _checks.tensor("euler_step", "x", x)
     _checks.like("euler_step", "v", v, x)
     dt = _checks.scalar("euler_step", "dt", dt, x)

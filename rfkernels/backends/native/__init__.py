@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-import torch
+import os
+
+import torch  # first: its libgomp then serves the kernels too, and torch.set_num_threads governs them
 
 try:
     from rfkernels import _C
 except ImportError as error:  # a checkout that was never built, or a broken installation
     _C = None
     _import_error = str(error)
+
+ISA_LEVELS = ("baseline", "avx2", "avx512", "amx")
+_max_isa = os.environ.get("RFK_MAX_ISA")
+if _max_isa and _max_isa not in ISA_LEVELS:
+    raise ValueError(f"RFK_MAX_ISA: the value must be one of {', '.join(ISA_LEVELS)}; got {_max_isa!r}")
+
+
+def _never(*_: object) -> bool:
+    """Stands in for the fast step where there is no extension."""
+    return False
+
+
+fast_euler_step = _never if _C is None else _C.fast_euler_step
 
 
 def unavailable_reason(device_type: str) -> str | None:

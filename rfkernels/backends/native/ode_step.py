@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rfkernels._C import euler_step, fast_euler_step, linear_step, taylor_step
+from rfkernels._C import euler_step, linear_step, taylor_step
 
-__all__ = ["euler_step", "fast_euler_step", "linear_step", "taylor_step"]
+__all__ = ["euler_step", "linear_step", "taylor_step"]
