@@ -89,7 +89,9 @@ def use_backend(name: str) -> Iterator[None]:
         ...     rf.euler_step(x, v, 0.1)
     """
     if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, auto; got {name!r}")
+        raise ValueError(
+            f"use_backend: name must be one of {', '.join(BACKENDS)}, auto; got {name!r}"
+        )
     token = _forced.set(None if name == "auto" else name)
     try:
         yield
@@ -123,13 +125,17 @@ def backend(op: str, tensor: torch.Tensor) -> ModuleType:
     if forced is not None:
         reason = unavailable_reason(forced, device_type)
         if reason is not None:
-            raise BackendUnavailableError(f"{op}: backend {forced!r} cannot serve tensors on {device_type}: {reason}")
+            raise BackendUnavailableError(
+                f"{op}: backend {forced!r} cannot serve tensors on {device_type}: {reason}"
+            )
         return _module(forced, op)
     for name in BACKENDS:
         if name == "native" and tensor.ndim > MAX_NATIVE_DIMS:
             continue
         # On the CPU, Triton means its interpreter: only by force.
-        if (name != "triton" or device_type == "cuda") and unavailable_reason(name, device_type) is None:
+        if (name != "triton" or device_type == "cuda") and unavailable_reason(
+            name, device_type
+        ) is None:
             return _module(name, op)
     raise BackendUnavailableError(f"{op}: no backend serves {device_type}")  # reference always does
 
@@ -152,9 +158,20 @@ def backend_table() -> list[dict[str, object]]:
     """The op x backend x device table that ``rfkernels doctor`` prints: op, backend, device, available, reason."""
     rows: list[dict[str, object]] = []
     for op in OPS:
-        for name, device in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"), ("reference", "any")):
+        for name, device in (
+            ("native", "cpu"),
+            ("native", "cuda"),
+            ("triton", "cuda"),
+            ("reference", "any"),
+        ):
             reason = unavailable_reason(name, device)
             rows.append(
-                {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason or ""}
+                {
+                    "op": op,
+                    "backend": name,
+                    "device": device,
+                    "available": reason is None,
+                    "reason": reason or "",
+                }
             )
     return rows

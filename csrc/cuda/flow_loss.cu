@@ -357,9 +357,7 @@ rfk_status run(const rfk_device& device, const rfk_tensor* const* operands, bool
     bool good = loss.elements >= kDenseFrom && loss.elements % pack == 0 &&
                 packable(strided.space, operands, kUsed, pack);
     for (int k = 0; k < kUsed; ++k) {
-      if (operands[k] == nullptr) continue;
-      good = good && (sizeof(C) == 8 || operands[k]->dtype != RFK_FLOAT64);
-      good = good && (loss.samples == 1 || strided.sample_stride[k] == loss.elements);
+      good = good && (operands[k] == nullptr || loss.samples == 1 || strided.sample_stride[k] == loss.elements);
     }
     return good;
   };

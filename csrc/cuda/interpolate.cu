@@ -198,13 +198,7 @@ rfk_status run(const rfk_device& device, const rfk_tensor* const* operands, cons
   const int dtype = common_dtype(operands, kOperands);
   const bool halves = dtype == RFK_BFLOAT16 || dtype == RFK_FLOAT16;
   call.rows = rows(strided.space, per_sample);
-  const auto fits = [&](int n) {
-    bool good = packable(strided.space, operands, kOperands, n) && whole_packs(call.rows, n);
-    for (int k = 0; k < kOperands; ++k) {
-      good = good && (sizeof(C) == 8 || operands[k] == nullptr || operands[k]->dtype != RFK_FLOAT64);
-    }
-    return good;
-  };
+  const auto fits = [&](int n) { return packable(strided.space, operands, kOperands, n) && whole_packs(call.rows, n); };
   const int pack = halves && fits(8) ? 8 : 4;
   if (!fits(pack)) {
     call.entries = table_entries(call.rows, kStridedTile);

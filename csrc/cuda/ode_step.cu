@@ -248,7 +248,7 @@ rfk_status run(const rfk_device& device, const rfk_tensor* const* operands, int 
   step.rows = rows(call.space, per_sample);
   const auto fits = [&](int pack) { return packable(call.space, operands, used, pack) && whole_packs(step.rows, pack); };
   const int pack = halves && fits(8) ? 8 : 4;
-  if (!fits(pack) || (sizeof(C) == 4 && copy == RFK_FLOAT64)) {
+  if (!fits(pack)) {
     launcher.run(step_strided<C>, call, blocks_for(step.numel, kStridedTile));
     return launcher.status();
   }

@@ -24,7 +24,9 @@ def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16; got {value.dtype}"
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a strided tensor; got layout {value.layout}")
 
@@ -33,30 +35,46 @@ def like(op: str, name: str, value: object, x: torch.Tensor, x_name: str = "x") 
     """A tensor of the shape and device of x, and of a dtype that x's compute type holds."""
     tensor(op, name, value)
     if value.shape != x.shape:
-        raise ValueError(f"{op}: {name} must have the shape of {x_name}, {tuple(x.shape)}; got {tuple(value.shape)}")
+        raise ValueError(
+            f"{op}: {name} must have the shape of {x_name}, {tuple(x.shape)}; got {tuple(value.shape)}"
+        )
     if value.device != x.device:
-        raise ValueError(f"{op}: {name} must be on the device of {x_name}, {x.device}; got {value.device}")
+        raise ValueError(
+            f"{op}: {name} must be on the device of {x_name}, {x.device}; got {value.device}"
+        )
     if value.dtype == torch.float64 and x.dtype != torch.float64:
-        raise TypeError(f"{op}: {name} may be float64 only if {x_name} is; got {x_name} in {x.dtype}")
+        raise TypeError(
+            f"{op}: {name} may be float64 only if {x_name} is; got {x_name} in {x.dtype}"
+        )
 
 
 def scalar(op: str, name: str, value: object, x: torch.Tensor) -> Scalar:
     """A float, a 0-d or a (B,) tensor, B = len(x); returns it as float or tensor on x's device."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} must be a float or a floating point tensor; got {describe(value)}")
+            raise TypeError(
+                f"{op}: {name} must be a float or a floating point tensor; got {describe(value)}"
+            )
         if value.ndim > 1 or (value.ndim == 1 and (x.ndim == 0 or value.shape[0] != x.shape[0])):
             batch = f"({x.shape[0]},)" if x.ndim else "no batch"
-            raise ValueError(f"{op}: {name} must be a float, 0-d or per sample, {batch}; got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{op}: {name} must be a float, 0-d or per sample, {batch}; got shape {tuple(value.shape)}"
+            )
         if value.device != x.device:
             if value.ndim == 0 and value.device.type == "cpu":
                 return value.item()
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {value.device}")
+            raise ValueError(
+                f"{op}: {name} must be on the device of x, {x.device}; got {value.device}"
+            )
         return value
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(
+        value, bool
+    ):
         return value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{op}: {name} must be a float, a 0-d or a (B,) tensor; got {type(value).__name__}")
+        raise TypeError(
+            f"{op}: {name} must be a float, a 0-d or a (B,) tensor; got {type(value).__name__}"
+        )
     return float(value)  # NumPy's scalars and other numbers
 
 
@@ -66,7 +84,9 @@ def counter(op: str, name: str, value: object, x: torch.Tensor | None) -> Counte
         if value.dtype != torch.int64:
             raise TypeError(f"{op}: {name} must be an int or an int64 tensor; got {value.dtype}")
         if x is not None:
-            if value.ndim > 1 or (value.ndim == 1 and (x.ndim == 0 or value.shape[0] != x.shape[0])):
+            if value.ndim > 1 or (
+                value.ndim == 1 and (x.ndim == 0 or value.shape[0] != x.shape[0])
+            ):
                 raise ValueError(
                     f"{op}: {name} must be an int, 0-d or per sample ({x.shape[0] if x.ndim else 'no batch'},); "
                     f"got shape {tuple(value.shape)}"
@@ -78,7 +98,9 @@ def counter(op: str, name: str, value: object, x: torch.Tensor | None) -> Counte
         return value
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{op}: {name} must be an int or an int64 tensor; got {type(value).__name__}")
+            raise TypeError(
+                f"{op}: {name} must be an int or an int64 tensor; got {type(value).__name__}"
+            )
         value = value.__index__()
     if not 0 <= value < 2**63:
         raise ValueError(f"{op}: {name} must lie in [0, 2^63); got {value}")
@@ -97,7 +119,12 @@ def _extent(t: torch.Tensor) -> tuple[int, int]:
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """True when a and b are the same elements at the same places."""
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype and a.shape == b.shape
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+    )
 
 
 def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -111,7 +138,9 @@ def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
 def self_overlapping(t: torch.Tensor) -> bool:
     """True when two indices may name one element: some stride is reached by the smaller dimensions together."""
     reach = 0
-    for stride, size in sorted((abs(s), n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+    for stride, size in sorted(
+        (abs(s), n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1
+    ):
         if stride <= reach:
             return True
         reach += stride * (size - 1)
@@ -127,9 +156,13 @@ def output(op: str, name: str, out: object, x: torch.Tensor, dtype: torch.dtype)
             f"{op}: {name} must be a {dtype} tensor of shape {tuple(x.shape)} on {x.device}; got {describe(out)}"
         )
     if torch.is_grad_enabled() and out.requires_grad:
-        raise ValueError(f"{op}: {name} must not require grad while gradients are recorded; got a tensor that does")
+        raise ValueError(
+            f"{op}: {name} must not require grad while gradients are recorded; got a tensor that does"
+        )
     if self_overlapping(out):
-        raise ValueError(f"{op}: {name} must have memory of its own for every element; got strides {out.stride()}")
+        raise ValueError(
+            f"{op}: {name} must have memory of its own for every element; got strides {out.stride()}"
+        )
 
 
 def needs_staging(outputs: Sequence[torch.Tensor | None], inputs: Sequence[object]) -> bool:
@@ -140,7 +173,10 @@ def needs_staging(outputs: Sequence[torch.Tensor | None], inputs: Sequence[objec
     """
     given = [o for o in outputs if o is not None]
     for i, out in enumerate(given):
-        if any(isinstance(t, torch.Tensor) and overlaps(out, t) and not same_memory(out, t) for t in inputs):
+        if any(
+            isinstance(t, torch.Tensor) and overlaps(out, t) and not same_memory(out, t)
+            for t in inputs
+        ):
             return True
         if any(overlaps(out, other) for other in given[i + 1 :]):
             return True
@@ -152,7 +188,9 @@ def shape(op: str, sizes: Sequence[object]) -> torch.Size:
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
         sizes = sizes[0]
     for size in sizes:
-        if isinstance(size, bool) or not (isinstance(size, (int, torch.SymInt)) or hasattr(size, "__index__")):
+        if isinstance(size, bool) or not (
+            isinstance(size, (int, torch.SymInt)) or hasattr(size, "__index__")
+        ):
             raise TypeError(f"{op}: shape must be ints; got {size!r}")
         if size < 0:
             raise ValueError(f"{op}: shape must not be negative; got {tuple(sizes)}")

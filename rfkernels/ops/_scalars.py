@@ -35,4 +35,6 @@ def join(number, tensor: torch.Tensor | None):
 
 def wants_grad(scalars: Iterable[object]) -> bool:
     """True when a gradient with respect to one of the scalars is to be recorded."""
-    return torch.is_grad_enabled() and any(isinstance(s, torch.Tensor) and s.requires_grad for s in scalars)
+    return torch.is_grad_enabled() and any(
+        isinstance(s, torch.Tensor) and s.requires_grad for s in scalars
+    )

@@ -67,7 +67,11 @@ def _linear_kernel(
 ):  # fmt: skip
     out = torch.empty_like(x)
     coefficients = tuple(map(join, numbers, number_tensors))
-    noise = (join(scale, scale_tensor), join(seed, seed_tensor), join(offset, offset_tensor)) if noisy else None
+    noise = (
+        (join(scale, scale_tensor), join(seed, seed_tensor), join(offset, offset_tensor))
+        if noisy
+        else None
+    )
     module = _dispatch.backend("ode_step", x)
     module.linear_step(x, tuple(tensors), join(c0, c0_tensor), coefficients, noise, out, None)
     return out

@@ -78,16 +78,26 @@ def flow_loss(
         offset = _checks.counter(name, "offset", offset, prediction)
     if weight is not None:
         if not isinstance(weight, torch.Tensor) or weight.shape != prediction.shape[:1]:
-            raise ValueError(f"{name}: weight must be a ({prediction.shape[0]},) tensor; got {_checks.describe(weight)}")
+            raise ValueError(
+                f"{name}: weight must be a ({prediction.shape[0]},) tensor; got {_checks.describe(weight)}"
+            )
         weight = _checks.scalar(name, "weight", weight, prediction)
     if kind not in KINDS:
         raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+        raise ValueError(
+            f"{name}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+        )
     if huber_c is None:
-        huber_c = 1e-3 if kind == "pseudo_huber_elementwise" else 0.00054 * max(_checks.elements_per_sample(prediction), 1)
+        huber_c = (
+            1e-3
+            if kind == "pseudo_huber_elementwise"
+            else 0.00054 * max(_checks.elements_per_sample(prediction), 1)
+        )
     elif kind == "mse":
-        raise ValueError(f"{name}: huber_c must be given with a pseudo-Huber kind only; got {huber_c!r} with mse")
+        raise ValueError(
+            f"{name}: huber_c must be given with a pseudo-Huber kind only; got {huber_c!r} with mse"
+        )
     elif isinstance(huber_c, (bool, torch.Tensor)) or not huber_c > 0:
         raise ValueError(f"{name}: huber_c must be a positive float; got {huber_c!r}")
 
@@ -98,7 +108,9 @@ def flow_loss(
         losses = reference.sample_losses(r, kind, huber_c)
         return _reduce(losses, weight, reduction)
     if _dispatch.direct_allowed(*tensors, seed, offset):
-        losses, _ = _run(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, 1.0, False)
+        losses, _ = _run(
+            prediction, target, x0, x1, seed, offset, weight, kind, huber_c, 1.0, False
+        )
         return _reduce(losses, weight, reduction)
     value, _, _ = flow_loss_op(
         prediction, target, x0, x1, *split_counter(seed), *split_counter(offset), weight, kind, float(huber_c),
@@ -108,7 +120,9 @@ def flow_loss(
 
 
 def _check_sources(target, x0, x1, seed) -> None:
-    given = ", ".join(n for n, v in (("target", target), ("x0", x0), ("x1", x1), ("seed", seed)) if v is not None)
+    given = ", ".join(
+        n for n, v in (("target", target), ("x0", x0), ("x1", x1), ("seed", seed)) if v is not None
+    )
     if given not in ("target", "x0, x1", "x1, seed"):
         raise ValueError(
             f"flow_loss: the target must be given as target, as x0 and x1, or as x1 and seed; got {given or 'none of them'}"
@@ -125,17 +139,25 @@ def _reduce(losses: torch.Tensor, weight: torch.Tensor | None, reduction: str) -
 
 def _run(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, with_grad):
     """(losses (B,), gradient or None) from the backend; the gradient carries weight and grad_scale."""
-    losses = torch.empty(prediction.shape[:1], dtype=compute_dtype(prediction), device=prediction.device)
+    losses = torch.empty(
+        prediction.shape[:1], dtype=compute_dtype(prediction), device=prediction.device
+    )
     grad = torch.empty_like(prediction) if with_grad else None
     module = _dispatch.backend("flow_loss", prediction)
-    module.flow_loss(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad)
+    module.flow_loss(
+        prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad
+    )
     return losses, grad
 
 
 def _loss_kernel(
     prediction, target, x0, x1, seed, seed_tensor, offset, offset_tensor, weight, kind, huber_c, reduction, with_grad
 ):  # fmt: skip
-    keys = (join(seed, seed_tensor), join(offset, offset_tensor)) if x1 is not None and x0 is None else (None, None)
+    keys = (
+        (join(seed, seed_tensor), join(offset, offset_tensor))
+        if x1 is not None and x0 is None
+        else (None, None)
+    )
     scale = 1.0 / max(prediction.shape[0], 1) if reduction == "mean" else 1.0
     losses, grad = _run(prediction, target, x0, x1, *keys, weight, kind, huber_c, scale, with_grad)
     value = _reduce(losses, weight, reduction)
@@ -173,7 +195,12 @@ class _FlowLoss(torch.autograd.Function):
     def backward(ctx, grad_value, *_):
         grad, losses = ctx.saved_tensors
         result = [None] * 13
-        unit = grad_value.is_cpu and grad_value.ndim == 0 and _dispatch.direct_allowed(grad_value) and grad_value == 1.0
+        unit = (
+            grad_value.is_cpu
+            and grad_value.ndim == 0
+            and _dispatch.direct_allowed(grad_value)
+            and grad_value == 1.0
+        )
         # d r / d(prediction, target, x0, x1)
         for i, sign in enumerate((1.0, -1.0, 1.0, -1.0)):
             if ctx.needs_input_grad[i]:
@@ -181,7 +208,9 @@ class _FlowLoss(torch.autograd.Function):
                     result[i] = grad.to(ctx.dtypes[i])
                 else:
                     factor = grad_value * sign
-                    scaled = linear_op(grad, [], 0.0, factor, [], [], 0.0, None, 0, None, 0, None, False)
+                    scaled = linear_op(
+                        grad, [], 0.0, factor, [], [], 0.0, None, 0, None, 0, None, False
+                    )
                     result[i] = scaled.to(ctx.dtypes[i])
         if ctx.needs_input_grad[8]:
             result[8] = (losses * grad_value * ctx.scale).to(ctx.weight_dtype)

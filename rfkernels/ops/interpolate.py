@@ -33,7 +33,9 @@ class Interpolant(NamedTuple):
 class Path(Protocol):
     """What ``interpolate`` needs of a path object."""
 
-    def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def coefficients(
+        self, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(alpha, sigma, dalpha/dt, dsigma/dt) at t, each of the shape of t."""
 
 
@@ -91,7 +93,9 @@ def interpolate(
     path = _resolve(path, t, x1)
     if out is not None:
         if not isinstance(out, (tuple, list)) or len(out) != 2:
-            raise TypeError(f"{name}: out must be a pair of tensors (xt, target); got {type(out).__name__}")
+            raise TypeError(
+                f"{name}: out must be a pair of tensors (xt, target); got {type(out).__name__}"
+            )
         for i, o in enumerate(out):
             _checks.output(name, f"out[{i}]", o, x1, x1.dtype)
 
@@ -102,7 +106,9 @@ def interpolate(
         xt, target = (v.to(x1.dtype) for v in reference.point_and_target(x1, source, t, path))
     elif not _dispatch.direct_allowed(*inputs, *(out or ())):
         names, custom = (path, []) if isinstance(path, str) else ("custom", list(path))
-        xt, target = interpolate_op(x1, x0, *split(t), names, custom, *split_counter(seed), *split_counter(offset))
+        xt, target = interpolate_op(
+            x1, x0, *split(t), names, custom, *split_counter(seed), *split_counter(offset)
+        )
         source = x0
     else:
         in_place = out is not None and not _checks.needs_staging(out, inputs[:-2])
@@ -126,28 +132,45 @@ def _resolve(path, t, x1) -> str | tuple[torch.Tensor, ...]:
     if isinstance(path, str):
         path = _ALIASES.get(path, path)
         if path not in PATHS:
-            raise ValueError(f"interpolate: path must be one of {', '.join(PATHS)} or an object; got {path!r}")
+            raise ValueError(
+                f"interpolate: path must be one of {', '.join(PATHS)} or an object; got {path!r}"
+            )
         return path
     if not callable(getattr(path, "coefficients", None)):
-        raise TypeError(f"interpolate: path must be a name or have coefficients(t); got {type(path).__name__}")
+        raise TypeError(
+            f"interpolate: path must be a name or have coefficients(t); got {type(path).__name__}"
+        )
     known = getattr(path, "kernel_path", None)
     if known is not None:
         return _resolve(known, t, x1)
     compute = compute_dtype(x1)
     coefficients = path.coefficients(torch.as_tensor(t, dtype=compute, device=x1.device))
     if len(coefficients) != 4:
-        raise ValueError(f"interpolate: path.coefficients must return 4 values; got {len(coefficients)}")
+        raise ValueError(
+            f"interpolate: path.coefficients must return 4 values; got {len(coefficients)}"
+        )
     return tuple(
-        _checks.scalar("interpolate", f"path.coefficients[{i}]", torch.as_tensor(c, dtype=compute, device=x1.device), x1)
+        _checks.scalar(
+            "interpolate",
+            f"path.coefficients[{i}]",
+            torch.as_tensor(c, dtype=compute, device=x1.device),
+            x1,
+        )
         for i, c in enumerate(coefficients)
     )
 
 
-def _interpolate_kernel(x1, x0, t, t_tensor, path, custom, seed, seed_tensor, offset, offset_tensor):
+def _interpolate_kernel(
+    x1, x0, t, t_tensor, path, custom, seed, seed_tensor, offset, offset_tensor
+):
     xt, target = torch.empty_like(x1), torch.empty_like(x1)
     kind = tuple(custom) if path == "custom" else path
-    keys = (None, None) if x0 is not None else (join(seed, seed_tensor), join(offset, offset_tensor))
-    _dispatch.backend("interpolate", x1).interpolate(x1, x0, join(t, t_tensor), kind, *keys, xt, target, None)
+    keys = (
+        (None, None) if x0 is not None else (join(seed, seed_tensor), join(offset, offset_tensor))
+    )
+    _dispatch.backend("interpolate", x1).interpolate(
+        x1, x0, join(t, t_tensor), kind, *keys, xt, target, None
+    )
     return xt, target
 
 
@@ -176,9 +199,25 @@ class _Interpolate(torch.autograd.Function):
         alpha, sigma, dalpha, dsigma = custom
         grads = []
         pairs = ((alpha, dalpha), (sigma, dsigma))
-        for need, dtype, (point, direction) in zip(ctx.needs_input_grad[:2], ctx.dtypes, pairs, strict=True):
+        for need, dtype, (point, direction) in zip(
+            ctx.needs_input_grad[:2], ctx.dtypes, pairs, strict=True
+        ):
             if need:
-                args = (grad_xt, [grad_target], 0.0, point, [0.0], [direction], 0.0, None, 0, None, 0, None, False)
+                args = (
+                    grad_xt,
+                    [grad_target],
+                    0.0,
+                    point,
+                    [0.0],
+                    [direction],
+                    0.0,
+                    None,
+                    0,
+                    None,
+                    0,
+                    None,
+                    False,
+                )
                 grads.append(linear_op(*args).to(dtype))
             else:
                 grads.append(None)

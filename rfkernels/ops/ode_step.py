@@ -55,15 +55,23 @@ def euler_step(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or strides that do not fit; the message says which.
     """
-    if out is not None and cast is None and _dispatch.fast_step_allowed():
-        if _fast_euler_step(x, v, v_uncond, dt, guidance_scale, out, torch.is_grad_enabled()):
-            return out
+    if (
+        out is not None
+        and cast is None
+        and _dispatch.fast_step_allowed()
+        and _fast_euler_step(x, v, v_uncond, dt, guidance_scale, out, torch.is_grad_enabled())
+    ):
+        return out
     _checks.tensor("euler_step", "x", x)
     _checks.like("euler_step", "v", v, x)
     dt = _checks.scalar("euler_step", "dt", dt, x)
     if (v_uncond is None) != (guidance_scale is None):
-        missing, given = ("v_uncond", "guidance_scale") if v_uncond is None else ("guidance_scale", "v_uncond")
-        raise ValueError(f"euler_step: {missing} must be given together with {given}; got {given} alone")
+        missing, given = (
+            ("v_uncond", "guidance_scale") if v_uncond is None else ("guidance_scale", "v_uncond")
+        )
+        raise ValueError(
+            f"euler_step: {missing} must be given together with {given}; got {given} alone"
+        )
     if v_uncond is not None:
         _checks.like("euler_step", "v_uncond", v_uncond, x)
         guidance_scale = _checks.scalar("euler_step", "guidance_scale", guidance_scale, x)
@@ -77,7 +85,17 @@ def euler_step(
     def registered():
         return euler_op(x, v, v_uncond, *split(dt), *split(guidance_scale))
 
-    return _run("euler_step", x, (v, v_uncond), (dt, guidance_scale), out, cast, direct, composite, registered)
+    return _run(
+        "euler_step",
+        x,
+        (v, v_uncond),
+        (dt, guidance_scale),
+        out,
+        cast,
+        direct,
+        composite,
+        registered,
+    )
 
 
 def taylor_step(
@@ -109,7 +127,9 @@ def taylor_step(
     """
     _checks.tensor("taylor_step", "x", x)
     if isinstance(derivatives, torch.Tensor) or not isinstance(derivatives, Sequence):
-        raise TypeError(f"taylor_step: derivatives must be a tuple of tensors; got {type(derivatives).__name__}")
+        raise TypeError(
+            f"taylor_step: derivatives must be a tuple of tensors; got {type(derivatives).__name__}"
+        )
     derivatives = tuple(derivatives)
     if not 1 <= len(derivatives) <= 3:
         raise ValueError(f"taylor_step: derivatives must be 1 to 3 tensors; got {len(derivatives)}")
@@ -168,9 +188,13 @@ def linear_step(
     name = "linear_step"
     _checks.tensor(name, "x", x)
     if isinstance(tensors, torch.Tensor) or not isinstance(tensors, Sequence):
-        raise TypeError(f"{name}: tensors must be a sequence of tensors; got {type(tensors).__name__}")
+        raise TypeError(
+            f"{name}: tensors must be a sequence of tensors; got {type(tensors).__name__}"
+        )
     if isinstance(coefficients, torch.Tensor) or not isinstance(coefficients, Sequence):
-        raise TypeError(f"{name}: coefficients must be a sequence of scalars; got {type(coefficients).__name__}")
+        raise TypeError(
+            f"{name}: coefficients must be a sequence of scalars; got {type(coefficients).__name__}"
+        )
     tensors, coefficients = tuple(tensors), tuple(coefficients)
     if len(tensors) > MAX_TERMS or len(tensors) != len(coefficients):
         raise ValueError(
@@ -179,7 +203,9 @@ def linear_step(
         )
     for i, t in enumerate(tensors):
         _checks.like(name, f"tensors[{i}]", t, x)
-    coefficients = tuple(_checks.scalar(name, f"coefficients[{i}]", c, x) for i, c in enumerate(coefficients))
+    coefficients = tuple(
+        _checks.scalar(name, f"coefficients[{i}]", c, x) for i, c in enumerate(coefficients)
+    )
     x_coefficient = _checks.scalar(name, "x_coefficient", x_coefficient, x)
     if (noise_scale is None) != (seed is None):
         raise ValueError(f"{name}: noise_scale and seed must be given together; got one of them")
@@ -226,7 +252,9 @@ def _run(name, x, tensors, scalars, out, cast, direct, composite, registered):
         _checks.tensor(name, "cast", copy)
         _checks.output(name, "cast", copy, x, copy.dtype)
     elif cast is not None and cast not in _checks.FLOATS:
-        raise TypeError(f"{name}: cast must be a floating point dtype or a tensor; got {_checks.describe(cast)}")
+        raise TypeError(
+            f"{name}: cast must be a floating point dtype or a tensor; got {_checks.describe(cast)}"
+        )
 
     if _dispatch.transforms_active() or wants_grad(scalars):
         state = composite()

@@ -84,9 +84,14 @@ def _draw(name, distribution, sizes, seed, offset, device, dtype) -> torch.Tenso
     if dtype not in _checks.FLOATS:
         raise TypeError(f"{name}: dtype must be float32, float64, bfloat16 or float16; got {dtype}")
     if device is None:
-        device = next((v.device for v in (seed, offset) if isinstance(v, torch.Tensor)), torch.device("cpu"))
+        device = next(
+            (v.device for v in (seed, offset) if isinstance(v, torch.Tensor)), torch.device("cpu")
+        )
     device = torch.device(device)
-    seed, offset = _checks.counter(name, "seed", seed, None), _checks.counter(name, "offset", offset, None)
+    seed, offset = (
+        _checks.counter(name, "seed", seed, None),
+        _checks.counter(name, "offset", offset, None),
+    )
     for argument, value in (("seed", seed), ("offset", offset)):
         if isinstance(value, torch.Tensor):
             if value.ndim > 1 or (value.ndim == 1 and (not shape or value.shape[0] != shape[0])):
@@ -105,7 +110,9 @@ def _draw(name, distribution, sizes, seed, offset, device, dtype) -> torch.Tenso
         if not out.is_meta:
             _dispatch.backend("random", out).random(out, seed, offset, distribution)
         return out
-    return random_op(list(shape), *split_counter(seed), *split_counter(offset), distribution, dtype, device)
+    return random_op(
+        list(shape), *split_counter(seed), *split_counter(offset), distribution, dtype, device
+    )
 
 
 def _random_kernel(shape, seed, seed_tensor, offset, offset_tensor, distribution, dtype, device):

@@ -15,7 +15,9 @@ except ImportError as error:  # a checkout that was never built, or a broken ins
 ISA_LEVELS = ("baseline", "avx2", "avx512", "amx")
 _max_isa = os.environ.get("RFK_MAX_ISA")
 if _max_isa and _max_isa not in ISA_LEVELS:
-    raise ValueError(f"RFK_MAX_ISA: the value must be one of {', '.join(ISA_LEVELS)}; got {_max_isa!r}")
+    raise ValueError(
+        f"RFK_MAX_ISA: the value must be one of {', '.join(ISA_LEVELS)}; got {_max_isa!r}"
+    )
 
 
 def _never(*_: object) -> bool:

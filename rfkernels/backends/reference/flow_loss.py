@@ -40,7 +40,9 @@ def sample_gradients(r: torch.Tensor, kind: str, huber_c: float) -> torch.Tensor
     return r / torch.sqrt(r * r + huber_c**2) / elements
 
 
-def flow_loss(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad) -> None:
+def flow_loss(
+    prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad
+) -> None:
     """See ``rfkernels.ops.flow_loss.flow_loss``; writes ``losses`` (B,) unweighted and, where given, ``grad``, the
     gradient of sum_b weight_b loss_b grad_scale."""
     r = residual(prediction, target, x0, x1, seed, offset)

@@ -30,7 +30,9 @@ def _multiply(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low_half & 0xFFFF)
 
 
-def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def philox4x32(
+    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
     """Ten rounds; counter is four and key two int64 tensors holding 32-bit words. Returns the four output words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -87,11 +89,18 @@ def _counters(
     elements = math.prod(shape[1:]) if per_sample else math.prod(shape)
 
     def column(value: int | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1).expand(rows, 1)
+        return (
+            torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1).expand(rows, 1)
+        )
 
     index = torch.arange((elements + 3) // 4, dtype=torch.int64, device=device).expand(rows, -1)
     seed, offset = column(seed), column(offset)
-    counter = (index & MASK, index >> 32, (offset & MASK).expand_as(index), ((offset >> 32) & MASK).expand_as(index))
+    counter = (
+        index & MASK,
+        index >> 32,
+        (offset & MASK).expand_as(index),
+        ((offset >> 32) & MASK).expand_as(index),
+    )
     key = ((seed & MASK).expand_as(index), ((seed >> 32) & MASK).expand_as(index))
     return philox4x32(counter, key), elements
 

@@ -106,11 +106,12 @@ def whole_kernel(
         inputs, key, row, first, sample, rows, cols, sizes, strides, NOISE, COMPUTE, R, C, V, SHIFT
     )
     total = tl.sum(_terms(r, c, KIND, COMPUTE), axis=1, keep_dims=True).to(tl.float64)
-    tl.store(losses + row, _loss(total, d, c, KIND).to(COMPUTE), row < rows)
+    tl.store(losses + row, _loss(total, d, c, KIND).to(COMPUTE), row < rows)  # a sample of no elements: 0 / 0
     if GRADIENT:
         w = scalar(weight, sample, COMPUTE) if WEIGHTED else 1.0
         scale = scalar(numbers[2], 0, tl.float64)
-        gradient = _gradient(r, _norm_factor(total, d, c), d, c, scale, w, KIND, COMPUTE, WEIGHTED)
+        factor = _norm_factor(total, d, c) if KIND == 1 else d
+        gradient = _gradient(r, factor, d, c, scale, w, KIND, COMPUTE, WEIGHTED)
         write(grad, gradient, row, col, mask, sizes, strides[len(inputs) % len(strides)], V, True)
 
 
@@ -134,7 +135,8 @@ def chunk_kernel(
         parts = tl.load(sums + row * chunks + index, index < chunks, other=0.0).to(tl.float64)
         total = tl.sum(parts, axis=1, keep_dims=True)
         factor = _norm_factor(total, d, c)
-        tl.store(losses + row, _loss(total, d, c, KIND).to(COMPUTE), chunk == 0)
+        if chunk == 0:
+            tl.store(losses + row, _loss(total, d, c, KIND).to(COMPUTE))
     partial = tl.zeros((1, C), COMPUTE)
     for step in range(steps):
         first = (chunk * steps + step) * C
@@ -179,12 +181,12 @@ def flow_loss(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, g
         drawn = PER_SAMPLE if any_varies((seed, offset)) else GLOBAL
     tensors = inputs if grad is None else (*inputs, grad)
     elements = prediction.numel() // samples
-    whole = elements + 3 <= WHOLE
+    whole = (elements + 3 if elements % 4 else elements) <= WHOLE  # quads of noise may straddle samples
     table = plan(
         tensors, len(tensors) - 1, by_sample=True, noise=drawn,
         block=1024 if whole else TILE, widest=WHOLE if whole else TILE,
     )  # fmt: skip
-    numbers = tuple(map(double_words, (float(max(elements, 1)), float(huber_c), float(grad_scale))))
+    numbers = tuple(map(double_words, (float(elements), float(huber_c), float(grad_scale))))
     weights = None if weight is None else number(weight, compute)
     constants = table.constants
     del constants["RAGGED"]

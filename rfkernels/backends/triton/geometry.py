@@ -103,7 +103,8 @@ def plan(
     if all(t.is_contiguous() for t in tensors):
         rows = shape[0] if by_sample else 1
         cols = math.prod(shape[1:]) if by_sample else math.prod(shape)
-        sizes, per_tensor, unit = (cols,), ((cols, 1),), True
+        sizes, unit = (cols,), True
+        per_tensor = ((cols if rows > 1 else 0, 1),)  # a stride of 0 keeps the alignment of the only row known
     else:
         dims = [(size, tuple(t.stride(d) for t in tensors)) for d, size in enumerate(shape)]
         head, inner = (dims[0], dims[1:]) if by_sample else ((1, (0,) * count), dims)

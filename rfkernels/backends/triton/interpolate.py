@@ -102,13 +102,12 @@ def _interpolate(
     else:
         x0 = read(inputs[1], row, col, mask, sizes, strides[1 % len(strides)], COMPUTE, V, MASKED)
     alpha, sigma, dalpha, dsigma = _coefficients(scalars, sample, PATH, COMPUTE)
-    count: tl.constexpr = len(inputs)
     xt = sigma * x0 + alpha * x1
     target = dsigma * x0 + dalpha * x1
-    write(outputs[0], xt, row, col, mask, sizes, strides[count % len(strides)], V, MASKED)
-    write(outputs[1], target, row, col, mask, sizes, strides[(count + 1) % len(strides)], V, MASKED)
+    write(outputs[0], xt, row, col, mask, sizes, strides[len(inputs) % len(strides)], V, MASKED)
+    write(outputs[1], target, row, col, mask, sizes, strides[(len(inputs) + 1) % len(strides)], V, MASKED)
     if len(outputs) == 3:
-        write(outputs[2], x0, row, col, mask, sizes, strides[(count + 2) % len(strides)], V, MASKED)
+        write(outputs[2], x0, row, col, mask, sizes, strides[(len(inputs) + 2) % len(strides)], V, MASKED)
 
 
 @triton.jit

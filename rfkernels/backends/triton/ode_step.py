@@ -58,8 +58,7 @@ def _step(
     # The second output is a copy of the state as it was stored.
     state = rounded(total, outputs[0].dtype.element_ty)
     for i in tl.static_range(len(outputs)):
-        at = (len(inputs) + i) % len(strides)
-        write(outputs[i], state, row, col, mask, sizes, strides[at], V, MASKED)
+        write(outputs[i], state, row, col, mask, sizes, strides[(len(inputs) + i) % len(strides)], V, MASKED)
 
 
 @triton.jit
