@@ -46,6 +46,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     description = read_json(file)
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: must be of format {FORMAT}; got {description.get('format')!r}")
+    missing = sorted({"kind", "model", "sample_shape", "config"} - description.keys())
+    if missing:
+        raise ValueError(f"{file}: must say {', '.join(missing)}; it does not")
     return description
 
 

@@ -101,9 +101,13 @@ class Trainer:
         Raises:
             TrainingDivergedError: the loss is not finite.
             KeyboardInterrupt: Ctrl-C; the run's state has been saved.
+            RuntimeError: called inside torch.inference_mode().
         """
         config = self.config
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.name}: cannot train inside torch.inference_mode()")
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
             if config.num_threads is not None:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(config.num_threads)

@@ -7,7 +7,12 @@ import pytest
 
 from rfkernels.training.run_folder import RunFolder, read_config
 
-DESCRIPTION = {"kind": "train", "config": {"steps": 3, "log_every": 1}}
+DESCRIPTION = {
+    "kind": "train",
+    "model": {"class": "mine.Net"},
+    "sample_shape": [2],
+    "config": {"steps": 3, "log_every": 1},
+}
 
 
 def begin(folder, description=DESCRIPTION, resume=False):
@@ -46,20 +51,23 @@ def test_resuming_nothing_begins(tmp_path):
 
 def test_other_options_are_not_resumed(tmp_path):
     begin(tmp_path / "a")
-    other = {"kind": "train", "config": {"steps": 4, "log_every": 1}}
+    other = {**DESCRIPTION, "config": {"steps": 4, "log_every": 1}}
     with pytest.raises(ValueError, match=r"config\.steps is 3 in the run and 4 now"):
         begin(tmp_path / "a", other, resume=True)
-    missing = {"kind": "train", "config": {"log_every": 1}}
+    missing = {**DESCRIPTION, "config": {"log_every": 1}}
     with pytest.raises(ValueError, match=r"config\.steps is 3 in the run and None now"):
         begin(tmp_path / "a", missing, resume=True)
     # How often something is logged does not change the weights.
-    begin(tmp_path / "a", {"kind": "train", "config": {"steps": 3, "log_every": 9}}, resume=True)
+    begin(tmp_path / "a", {**DESCRIPTION, "config": {"steps": 3, "log_every": 9}}, resume=True)
 
 
 def test_config_of_another_format_is_refused(tmp_path):
     begin(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="must be of format 1; got 99"):
+        read_config(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text('{"format": 1, "kind": "train"}')
+    with pytest.raises(ValueError, match="must say config, model, sample_shape; it does not"):
         read_config(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -304,6 +304,14 @@ def test_a_data_set_of_the_users_own():
     assert torch.equal(weights(mine.model), weights(same.model))
 
 
+def test_grad_mode_of_the_caller():
+    with torch.no_grad():
+        quiet = train_flow(network(), data(), small())
+    assert torch.equal(weights(quiet.model), weights(train_flow(network(), data(), small()).model))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode"):
+        train_flow(network(), data(), small())
+
+
 class Broken(nn.Module):
     def __init__(self, step):
         super().__init__()
