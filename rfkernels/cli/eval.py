@@ -16,19 +16,26 @@ _STREAM_SIZE, _STREAM_START = 2000, 2**40
 
 
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs on the same data.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs on the same data.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where table and plot go.", show_default="rfkernels-eval")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where table and plot go.", show_default="rfkernels-eval"),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="The real data.", show_default="what a run was trained on")
     ] = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps, with commas.")] = "1,2,4,8,32",
-    solver: Annotated[str, typer.Option(help="euler, midpoint, heun, rk4, ab2 or taylor.")] = "euler",
+    solver: Annotated[
+        str, typer.Option(help="euler, midpoint, heun, rk4, ab2 or taylor.")
+    ] = "euler",
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale, for conditional runs.")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Sets of samples that the 1-NN test is averaged over.")] = 5,
+    draws: Annotated[
+        int, typer.Option(help="Sets of samples that the 1-NN test is averaged over.")
+    ] = 5,
     seed: Annotated[int, typer.Option(help="Of the noise, the same for all runs.")] = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -77,7 +84,10 @@ def evaluate(
     with Bar("eval", len(drawers) * len(counts), show=not quiet) as bar:
         for name, drawer in drawers.items():
             curves[name], _ = measure_steps(
-                lambda n, d=drawer: d.draw(index, seed=seed, steps=n, solver=solver)[0], yardstick, counts, bar.advance
+                lambda n, d=drawer: d.draw(index, seed=seed, steps=n, solver=solver)[0],
+                yardstick,
+                counts,
+                bar.advance,
             )
     out = fresh_folder("rfkernels-eval") if out is None else out
     out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +96,11 @@ def evaluate(
         curves,
         solver=solver,
         gaussian=yardstick.measure(yardstick.gaussian(seed)),
-        **({"distance": "energy", "distance_name": "energy distance to held-out data"} if points else {}),
+        **(
+            {"distance": "energy", "distance_name": "energy distance to held-out data"}
+            if points
+            else {}
+        ),
     )
     write_csv(out / "quality.csv", quality_rows(curves))
     write_bytes(out / "quality.png", plot)
@@ -100,7 +114,9 @@ def _counts(text: str) -> list[int]:
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise ValueError(f"steps: must be whole numbers with commas between, like 1,2,4; got {text!r}") from None
+        raise ValueError(
+            f"steps: must be whole numbers with commas between, like 1,2,4; got {text!r}"
+        ) from None
     if counts[0] < 1:
         raise ValueError(f"steps: must be at least 1; got {counts[0]}")
     return counts
@@ -129,7 +145,11 @@ def _real_data(runs: list[Any], dataset: str | None) -> tuple[Any, Any]:
         described = {} if trained is None else trained.description.get("data", {})
         dataset = described.get("name")
         if dataset not in DATASETS:
-            what = "the runs were trained on pairs" if trained is None else f"{dataset!r} is a file or folder"
+            what = (
+                "the runs were trained on pairs"
+                if trained is None
+                else f"{dataset!r} is a file or folder"
+            )
             raise ValueError(f"dataset: must be given, {what}; got none")
         # An endless toy is another one for every seed of its own.
         options = given(seed=described.get("seed")) if described.get("size") is None else {}
@@ -151,7 +171,13 @@ def _real_data(runs: list[Any], dataset: str | None) -> tuple[Any, Any]:
 def _table(curves: dict[str, dict[int, Any]], yardstick: Any) -> Table:
     table = Table(title="Quality against the number of steps", title_justify="left")
     table.add_column("run", style="bold")
-    for title in ("steps", "Fréchet distance", "1-NN accuracy", "nearest training sample", "energy distance"):
+    for title in (
+        "steps",
+        "Fréchet distance",
+        "1-NN accuracy",
+        "nearest training sample",
+        "energy distance",
+    ):
         table.add_column(title, justify="right")
     for name, curve in curves.items():
         for i, (n, q) in enumerate(curve.items()):
@@ -164,5 +190,7 @@ def _table(curves: dict[str, dict[int, Any]], yardstick: Any) -> Table:
                 f"{q.energy:.4f}",
                 end_section=i == len(curve) - 1,
             )
-    table.add_row("held-out data", "", "", "0.5 is ideal", f"{yardstick.held_out_nearest():.3g}", "")
+    table.add_row(
+        "held-out data", "", "", "0.5 is ideal", f"{yardstick.held_out_nearest():.3g}", ""
+    )
     return table

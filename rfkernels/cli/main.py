@@ -51,10 +51,14 @@ def _version(wanted: bool) -> None:
 def _frame(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and leave."
+        ),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error came from, for a report of a bug.")
+        bool,
+        typer.Option("--traceback", help="Show where an error came from, for a report of a bug."),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:

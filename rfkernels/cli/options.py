@@ -27,13 +27,22 @@ __all__ = [
 
 Device = Annotated[
     str | None,
-    typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu"),
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:1, ...",
+        show_default="cuda if there is one, else cpu",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in that folder.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the interrupted run in that folder.")
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other option of TrainConfig, e.g. --set clip_norm=0.5"),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other option of TrainConfig, e.g. --set clip_norm=0.5",
+    ),
 ]
 
 
@@ -93,7 +102,9 @@ def begun(folder: Path, kind: str, *, resume: bool) -> dict[str, Any] | None:
         return None
     description = read_config(folder)
     if description.get("kind") != kind:
-        raise ValueError(f"resume: {folder} holds a run of kind {description.get('kind')!r}, not {kind!r}")
+        raise ValueError(
+            f"resume: {folder} holds a run of kind {description.get('kind')!r}, not {kind!r}"
+        )
     return description
 
 

@@ -42,7 +42,9 @@ def check_file(option: str, file: Path, suffixes: Sequence[str], *, force: bool)
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{option}: the folder {file.parent} does not exist")
     if file.exists() and not force:
-        raise FileExistsError(f"{option}: {file} exists; give another name, or --force to replace it")
+        raise FileExistsError(
+            f"{option}: {file} exists; give another name, or --force to replace it"
+        )
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -15,7 +15,15 @@ import torch
 if TYPE_CHECKING:
     from rfkernels.cli.quality import Quality
 
-__all__ = ["COLOURS", "is_image", "one_grid", "point_cloud", "quality_plot", "require_pictures", "sample_rows"]
+__all__ = [
+    "COLOURS",
+    "is_image",
+    "one_grid",
+    "point_cloud",
+    "quality_plot",
+    "require_pictures",
+    "sample_rows",
+]
 
 # Okabe-Ito: told apart by every kind of colour vision; a model keeps its colour in plots, labels and the report.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -106,9 +114,12 @@ def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tenso
     top = margin // 2
     for title, colour, members in groups:
         draw.rectangle(
-            (margin, top + 9, margin + 4, top + heading + len(members) * (high + gap) - gap - 1), fill=colour
+            (margin, top + 9, margin + 4, top + heading + len(members) * (high + gap) - gap - 1),
+            fill=colour,
         )
-        draw.text((margin + 14, top + heading / 2 + 2), title, fill=colour, font=title_font, anchor="lm")
+        draw.text(
+            (margin + 14, top + heading / 2 + 2), title, fill=colour, font=title_font, anchor="lm"
+        )
         top += heading
         for label, images in members:
             draw.text((left - 12, top + high / 2), label, fill=_INK, font=label_font, anchor="rm")
@@ -143,7 +154,14 @@ def quality_plot(
     left, right = figure.subplots(1, 2)
     steps = sorted({n for curve in curves.values() for n in curve})
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        style = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 2, "label": name, "clip_on": False}
+        style = {
+            "color": colour,
+            "marker": "o",
+            "markersize": 5,
+            "linewidth": 2,
+            "label": name,
+            "clip_on": False,
+        }
         at = sorted(curve)
         left.plot(at, [getattr(curve[n], distance) for n in at], **style)
         right.plot(at, [curve[n].one_nn for n in at], **style)
@@ -151,12 +169,16 @@ def quality_plot(
         style = {"color": _FAINT, "linestyle": (0, (5, 4)), "linewidth": 1.2, "zorder": 0}
         left.axhline(getattr(gaussian, distance), label="a Gaussian fitted to the data", **style)
         right.axhline(gaussian.one_nn, label="a Gaussian fitted to the data", **style)
-    right.axhline(0.5, color="#b0b7bf", linewidth=1.2, zorder=0, linestyle=(0, (1, 2)), label="cannot be told apart")
+    right.axhline(
+        0.5, color=_FAINT, linewidth=1.2, linestyle=(0, (1, 2)), label="cannot be told apart"
+    )
     left.set_title(distance_name)
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.set_yscale("log", nonpositive="clip")  # an unbiased energy distance may fall below zero
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low = min([0.5, *(q.one_nn for curve in curves.values() for q in curve.values())])
-    right.set(title="accuracy of telling samples from real data", ylim=(min(0.47, low - 0.03), 1.01))
+    right.set(
+        title="1-NN accuracy: telling samples from real data", ylim=(min(0.47, low - 0.03), 1.01)
+    )
     for panel in (left, right):
         panel.set_xscale("log", base=2)
         panel.set_xticks(steps, [str(n) for n in steps])
@@ -181,7 +203,14 @@ def point_cloud(x: torch.Tensor) -> bytes:
 
     figure = Figure(figsize=(5, 5), dpi=150, layout="constrained")
     panel = figure.subplots()
-    panel.scatter(x[:, 0], x[:, 1], s=max(2.0, min(20.0, 4000 / len(x))), color=COLOURS[1], alpha=0.6, linewidths=0)
+    panel.scatter(
+        x[:, 0],
+        x[:, 1],
+        s=max(2.0, min(20.0, 4000 / len(x))),
+        color=COLOURS[1],
+        alpha=0.6,
+        linewidths=0,
+    )
     panel.set_aspect("equal", "datalim")
     panel.tick_params(colors=_FAINT, length=3)
     for side, spine in panel.spines.items():

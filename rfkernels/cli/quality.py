@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rfkernels.metrics import energy_distance, frechet_distance, nearest_distance, nearest_neighbour_test
+from rfkernels.metrics import (
+    energy_distance,
+    frechet_distance,
+    nearest_distance,
+    nearest_neighbour_test,
+)
 from rfkernels.ops.random import derive_seed, randn
 
 __all__ = ["STEPS", "Quality", "Yardstick", "measure_steps", "quality_rows"]
@@ -57,7 +62,9 @@ class Yardstick:
         self.train, self.held_out, self.draws = train.flatten(1), held_out.flatten(1), draws
         for name, side in (("training", self.train), ("held-out", self.held_out)):
             if len(side) < 2:
-                raise ValueError(f"data: needs at least two {name} samples to compare with; got {len(side)}")
+                raise ValueError(
+                    f"data: needs at least two {name} samples to compare with; got {len(side)}"
+                )
 
     @property
     def count(self) -> int:
@@ -68,7 +75,10 @@ class Yardstick:
         """The quality of (count, ...) samples."""
         samples = samples.flatten(1)
         accuracies = torch.tensor(
-            [float(nearest_neighbour_test(part, self.held_out)) for part in samples.split(len(self.held_out))]
+            [
+                float(nearest_neighbour_test(part, self.held_out))
+                for part in samples.split(len(self.held_out))
+            ]
         )
         return Quality(
             frechet=float(frechet_distance(samples, self.train)),
@@ -92,7 +102,10 @@ class Yardstick:
 
 
 def measure_steps(
-    draw: Callable[[int], torch.Tensor], yardstick: Yardstick, steps: Sequence[int], done: Callable[[], object]
+    draw: Callable[[int], torch.Tensor],
+    yardstick: Yardstick,
+    steps: Sequence[int],
+    done: Callable[[], object],
 ) -> tuple[dict[int, Quality], dict[int, torch.Tensor]]:
     """Quality at each number of steps, and the samples; `draw(n)` gives `yardstick.count` of them by n steps."""
     qualities, samples = {}, {}

@@ -22,25 +22,45 @@ from rfkernels.cli.output import resumable, say
 
 
 def reflow(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run to straighten: of train, or of reflow again.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The run to straighten: of train, or of reflow again."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new run.")],
     pairs: Annotated[
-        int | None, typer.Option(help="Pairs (noise, sample) that the teacher makes.", show_default="10000")
+        int | None,
+        typer.Option(help="Pairs (noise, sample) that the teacher makes.", show_default="10000"),
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")
+    ] = None,
     pair_steps: Annotated[int | None, typer.Option(help="Its steps.", show_default="20")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="How often to reflow.", show_default="1")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps per round.", show_default="2500")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="256")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="1e-3")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="How often to reflow.", show_default="1")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps per round.", show_default="2500")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per step.", show_default="256")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak.", show_default="1e-3")
+    ] = None,
     time_distribution: Annotated[
-        str | None, typer.Option(help="uniform, u-shaped, logit-normal, ...", show_default="u-shaped")
+        str | None,
+        typer.Option(help="uniform, u-shaped, logit-normal, ...", show_default="u-shaped"),
     ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse")
+        str | None,
+        typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Everything random follows from it.", show_default="0")
+    ] = None,
     settings: Settings = None,
     resume: Resume = False,
     device: Device = None,
@@ -61,7 +81,9 @@ def reflow(
     saved = begun(out, "reflow", resume=resume)
     target = choose_device(device)
     teacher = training.load(run, device=target)
-    own = given(rounds=rounds, pairs=pairs, solver=solver, pair_steps=pair_steps, guidance_scale=guidance)
+    own = given(
+        rounds=rounds, pairs=pairs, solver=solver, pair_steps=pair_steps, guidance_scale=guidance
+    )
     inner = given(
         steps=steps,
         batch_size=batch_size,
@@ -76,7 +98,9 @@ def reflow(
         config = training.from_dict(training.ReflowConfig, {**own, "train": inner})
     else:
         before = saved["config"]
-        config = training.from_dict(training.ReflowConfig, {**before, **own, "train": {**before["train"], **inner}})
+        config = training.from_dict(
+            training.ReflowConfig, {**before, **own, "train": {**before["train"], **inner}}
+        )
     with resumable(command_line("reflow", run, "--out", out, "--resume")):
         training.reflow(teacher, config, run=out, resume=resume, progress=not quiet)
     say(f"The straightened run is in {out}")

@@ -43,7 +43,9 @@ def demo_picture(outcome: Outcome) -> bytes:
 
 
 def _image(png: bytes, text: str) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
+    return (
+        f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
+    )
 
 
 def _card(value: str, label: str) -> str:
@@ -58,9 +60,15 @@ def _quality_table(outcome: Outcome) -> str:
     body = []
     for (name, curve), colour in zip(outcome.curves.items(), COLOURS, strict=False):
         for i, (n, q) in enumerate(curve.items()):
-            head = f'<th rowspan="{len(curve)}" style="color:{colour}">{escape(name)}</th>' if i == 0 else ""
+            head = (
+                f'<th rowspan="{len(curve)}" style="color:{colour}">{escape(name)}</th>'
+                if i == 0
+                else ""
+            )
             body.append(f"<tr{' class=first' if i == 0 else ''}>{head}<td>{n}</td>{_cells(q)}</tr>")
-    body.append(f'<tr class="first"><th>fitted Gaussian</th><td></td>{_cells(outcome.gaussian)}</tr>')
+    body.append(
+        f'<tr class="first"><th>fitted Gaussian</th><td></td>{_cells(outcome.gaussian)}</tr>'
+    )
     real = f"<td></td><td></td><td>0.5 is ideal</td><td>{outcome.held_out_nearest:.2f}</td>"
     body.append(f"<tr><th>held-out digits</th>{real}</tr>")
     return (
@@ -83,7 +91,9 @@ def _flow_table(outcome: Outcome) -> str:
     )
 
 
-def html_report(outcome: Outcome, samples: bytes, plot: bytes, dataset: str, command: str, seconds: float) -> str:
+def html_report(
+    outcome: Outcome, samples: bytes, plot: bytes, dataset: str, command: str, seconds: float
+) -> str:
     """The report as one HTML document with its pictures inside."""
     first, second = outcome.curves["1-RF"], outcome.curves["2-RF"]
     most = max(first)
@@ -91,7 +101,10 @@ def html_report(outcome: Outcome, samples: bytes, plot: bytes, dataset: str, com
     cards = "".join(
         (
             _card(f"{outcome.gain:.0f} times", "better in one step after reflow"),
-            _card(f"{first[1].frechet:.1f} → {second[1].frechet:.2f}", "Fréchet distance of one-step samples"),
+            _card(
+                f"{first[1].frechet:.1f} → {second[1].frechet:.2f}",
+                "Fréchet distance of one-step samples",
+            ),
             _card(
                 f"{outcome.straightness['1-RF']:.1f} → {outcome.straightness['2-RF']:.2f}",
                 "straightness S, 0 is straight",

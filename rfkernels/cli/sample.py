@@ -16,18 +16,32 @@ _SUFFIXES = (".png", ".safetensors", ".npz")
 
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A .png picture, or .npz / .safetensors with the array x.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="A .png picture, or .npz / .safetensors with the array x."
+        ),
+    ],
     n: Annotated[int, typer.Option("--n", "-n", help="How many samples.")] = 64,
-    steps: Annotated[int | None, typer.Option(help="Steps of the solver.", show_default="8; none for dopri5")] = None,
-    solver: Annotated[str, typer.Option(help="euler, midpoint, heun, rk4, ab2, taylor or dopri5.")] = "euler",
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the solver.", show_default="8; none for dopri5")
+    ] = None,
+    solver: Annotated[
+        str, typer.Option(help="euler, midpoint, heun, rk4, ab2, taylor or dopri5.")
+    ] = "euler",
     shift: Annotated[
-        float | None, typer.Option(help="Time shift of the grid: above 1, more steps near the noise.")
+        float | None,
+        typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale, for a conditional run.")
     ] = None,
-    label: Annotated[int | None, typer.Option(help="The class to draw.", show_default="all in turn")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise. Sample i is the same whatever --n is.")] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="The class to draw.", show_default="all in turn")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the noise. Sample i is the same whatever --n is.")
+    ] = 0,
     batch: Annotated[int, typer.Option(help="Samples computed at a time.")] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     device: Device = None,
@@ -60,12 +74,16 @@ def sample(
     picture = out.suffix.lower() == ".png"
     if picture:
         if not is_image(shape) and shape != (2,):
-            raise ValueError(f"out: samples of the shape {shape} are no pictures; give an .npz or .safetensors file")
+            raise ValueError(
+                f"out: samples of the shape {shape} are no pictures; give an .npz or .safetensors file"
+            )
         require_pictures()
     if steps is None and solver != "dopri5":
         steps = 8
     index = torch.arange(n)
-    x, nfe = drawer.draw(index, seed=seed, steps=steps, solver=solver, grid=shift, batch=batch, progress=not quiet)
+    x, nfe = drawer.draw(
+        index, seed=seed, steps=steps, solver=solver, grid=shift, batch=batch, progress=not quiet
+    )
     labels = drawer.labels(index)
     if picture:
         write_bytes(out, one_grid(x) if is_image(shape) else point_cloud(x))

@@ -25,7 +25,9 @@ _MLP_SIDE = 16
 
 
 def train(
-    run: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: config, metrics, checkpoints.")],
+    run: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the run: config, metrics, checkpoints.")
+    ],
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -34,36 +36,61 @@ def train(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="mlp, dit, unet or diffusers-unet.", show_default="mlp up to 16x16, else unet")
+        str | None,
+        typer.Option(
+            help="mlp, dit, unet or diffusers-unet.", show_default="mlp up to 16x16, else unet"
+        ),
     ] = None,
     model_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the network, e.g. width=512")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the network, e.g. width=512"),
     ] = None,
     conditional: Annotated[
-        bool, typer.Option("--conditional", help="Learn the labels too, for `sample --label` and `--guidance`.")
+        bool,
+        typer.Option(
+            "--conditional", help="Learn the labels too, for `sample --label` and `--guidance`."
+        ),
     ] = False,
-    image_size: Annotated[int | None, typer.Option(help="Side to which a folder's images are resized.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side to which a folder's images are resized.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="3000")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="256")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="2e-3")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per step.", show_default="256")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak.", show_default="2e-3")
+    ] = None,
     path: Annotated[
         str | None, typer.Option(help="linear, trigonometric, vp or sub-vp.", show_default="linear")
     ] = None,
     time_distribution: Annotated[
-        str | None, typer.Option(help="uniform, logit-normal, u-shaped, ...", show_default="uniform")
+        str | None,
+        typer.Option(help="uniform, logit-normal, u-shaped, ...", show_default="uniform"),
     ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse")
+        str | None,
+        typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
     ] = None,
     coupling: Annotated[
-        str | None, typer.Option(help="independent, or ot for minibatch optimal transport.", show_default="independent")
+        str | None,
+        typer.Option(
+            help="independent, or ot for minibatch optimal transport.", show_default="independent"
+        ),
     ] = None,
     label_dropout: Annotated[
-        float | None, typer.Option(help="Share of labels left out, for guidance.", show_default="0.1 if --conditional")
+        float | None,
+        typer.Option(
+            help="Share of labels left out, for guidance.", show_default="0.1 if --conditional"
+        ),
     ] = None,
     autocast: Annotated[str | None, typer.Option(help="bfloat16, for the network only.")] = None,
-    sample_every: Annotated[int | None, typer.Option(help="Steps between sample pictures in DIR/samples.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.", show_default="0")] = None,
+    sample_every: Annotated[
+        int | None, typer.Option(help="Steps between sample pictures in DIR/samples.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Everything random follows from it.", show_default="0")
+    ] = None,
     settings: Settings = None,
     resume: Resume = False,
     device: Device = None,
@@ -101,24 +128,36 @@ def train(
     options |= parse_settings("set", settings)
     if saved is None:
         if dataset is None:
-            raise ValueError("dataset: must be given for a new run, e.g. --dataset digits; got none")
+            raise ValueError(
+                "dataset: must be given for a new run, e.g. --dataset digits; got none"
+            )
         data = _open(dataset, image_size)
         if conditional:
             options.setdefault("label_dropout", 0.1)
         config = training.from_dict(training.TrainConfig, {**options, "conditional": conditional})
         network = _new_network(model, model_option, data, conditional, config.seed)
     else:
-        refused = given(model=model, model_option=model_option or None, conditional=conditional or None)
+        refused = given(
+            model=model, model_option=model_option or None, conditional=conditional or None
+        )
         if refused:
-            raise ValueError(f"{next(iter(refused))}: a resumed run has the network it began with; leave this out")
+            raise ValueError(
+                f"{next(iter(refused))}: a resumed run has the network it began with; leave this out"
+            )
         config = training.from_dict(training.TrainConfig, {**saved["config"], **options})
         data = _open(dataset or _data_name(saved, run), image_size)
         network = _saved_network(saved, run)
-    command = command_line("train", "--run", run, "--resume", *([] if dataset is None else ["--dataset", dataset]))
+    command = command_line(
+        "train", "--run", run, "--resume", *([] if dataset is None else ["--dataset", dataset])
+    )
     with resumable(command):
-        result = training.train_flow(network.to(target), data, config, run=run, resume=resume, progress=not quiet)
+        result = training.train_flow(
+            network.to(target), data, config, run=run, resume=resume, progress=not quiet
+        )
     last = result.metrics[-1] if result.metrics else {}
-    losses = ", ".join(f"{k.replace('_', ' ')} {last[k]:.4f}" for k in ("loss", "holdout_loss") if k in last)
+    losses = ", ".join(
+        f"{k.replace('_', ' ')} {last[k]:.4f}" for k in ("loss", "holdout_loss") if k in last
+    )
     say(f"Trained to step {config.steps}: {losses}. The run is in {run}")
     say(f"Next: {command_line('sample', run, '--out', 'samples.png')}")
 
@@ -129,7 +168,9 @@ def _open(dataset: str, image_size: int | None) -> Any:
     return load_dataset(dataset, **given(image_size=image_size))
 
 
-def _new_network(name: str | None, model_options: list[str] | None, data: Any, conditional: bool, seed: int) -> Any:
+def _new_network(
+    name: str | None, model_options: list[str] | None, data: Any, conditional: bool, seed: int
+) -> Any:
     import rfkernels.models as models
     from rfkernels.ops.random import derive_seed
 
@@ -151,7 +192,9 @@ def _count_classes(data: Any) -> int:
 
     labels = data.rows(torch.arange(4096)).labels
     if labels.is_floating_point():
-        raise ValueError(f"conditional: the labels of {data.name} are vectors, which the command does not serve")
+        raise ValueError(
+            f"conditional: the labels of {data.name} are vectors, which the command does not serve"
+        )
     return int(labels.max()) + 1
 
 
@@ -160,7 +203,9 @@ def _data_name(saved: dict[str, Any], run: Path) -> str:
 
     name = saved.get("data", {}).get("name")
     if name not in DATASETS:
-        raise ValueError(f"dataset: {run} was trained on {name!r}, a file or folder; give it again with --dataset")
+        raise ValueError(
+            f"dataset: {run} was trained on {name!r}, a file or folder; give it again with --dataset"
+        )
     return name
 
 
@@ -170,5 +215,9 @@ def _saved_network(saved: dict[str, Any], run: Path) -> Any:
 
     described = saved["model"]
     if "name" not in described:
-        raise ValueError(f"resume: {run} trained a network of your own; resume it in Python, with train_flow")
-    return models.build(described["name"], seed=derive_seed(saved["config"]["seed"], "init"), **described["options"])
+        raise ValueError(
+            f"resume: {run} trained a network of your own; resume it in Python, with train_flow"
+        )
+    return models.build(
+        described["name"], seed=derive_seed(saved["config"]["seed"], "init"), **described["options"]
+    )
