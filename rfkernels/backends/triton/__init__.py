@@ -21,6 +21,11 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
 def interpreted() -> bool:
     """True when kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before triton was imported."""
     language = sys.modules.get("triton.language")
@@ -41,4 +46,6 @@ def unavailable_reason(device_type: str) -> str | None:
         return "on the CPU only Triton's interpreter runs; set TRITON_INTERPRET=1 before triton is imported"
     if not torch.cuda.is_available():
         return f"no CUDA device is visible to torch {torch.__version__}"
+    if _capability() < (8, 0):
+        return f"the Triton kernels need compute capability 8.0; this device has {'.'.join(map(str, _capability()))}"
     return None

@@ -36,7 +36,9 @@ def _residual(
     if NOISE:
         other = other - normals(key, quads(row, first, cols, C, NOISE), sample, R, C).to(COMPUTE)
     elif len(inputs) == 3:
-        other = other - read(inputs[2], row, col, mask, sizes, strides[2 % len(strides)], COMPUTE, V, True)
+        other = other - read(
+            inputs[2], row, col, mask, sizes, strides[2 % len(strides)], COMPUTE, V, True
+        )
     return tl.where(mask, r - other, 0.0), col, mask
 
 
@@ -44,7 +46,7 @@ def _residual(
 def _root(r, c, COMPUTE: tl.constexpr):
     """sqrt(r^2 + c^2) in the compute type, correctly rounded."""
     square = r * r + (c * c).to(COMPUTE)
-    if COMPUTE == tl.float64:
+    if square.dtype == tl.float64:
         return tl.sqrt(square)
     else:
         return tl.sqrt_rn(square)
@@ -75,16 +77,28 @@ def _norm_factor(total, d, c):
 
 
 @triton.jit
-def _gradient(r, factor, d, c, scale, weight, KIND: tl.constexpr, COMPUTE: tl.constexpr, WEIGHTED: tl.constexpr):
+def _gradient(
+    r,
+    factor,
+    d,
+    c,
+    scale,
+    weight,
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     """The gradient of scale * weight * loss."""
     if KIND == 0:
         gradient = r * (2.0 / d).to(COMPUTE)
     elif KIND == 1:
         gradient = r * factor.to(COMPUTE)
-    elif COMPUTE == tl.float64:
+    elif r.dtype == tl.float64:
         gradient = (r / _root(r, c, COMPUTE)) / d
     else:
-        gradient = tl.div_rn(tl.div_rn(r, _root(r, c, COMPUTE)), tl.broadcast_to(d.to(COMPUTE), r.shape))
+        gradient = tl.div_rn(
+            tl.div_rn(r, _root(r, c, COMPUTE)), tl.broadcast_to(d.to(COMPUTE), r.shape)
+        )
     gradient = gradient * scale.to(COMPUTE)
     if WEIGHTED:
         gradient = gradient * weight
@@ -106,7 +120,9 @@ def whole_kernel(
         inputs, key, row, first, sample, rows, cols, sizes, strides, NOISE, COMPUTE, R, C, V, SHIFT
     )
     total = tl.sum(_terms(r, c, KIND, COMPUTE), axis=1, keep_dims=True).to(tl.float64)
-    tl.store(losses + row, _loss(total, d, c, KIND).to(COMPUTE), row < rows)  # a sample of no elements: 0 / 0
+    tl.store(
+        losses + row, _loss(total, d, c, KIND).to(COMPUTE), row < rows
+    )  # a sample of no elements: 0 / 0
     if GRADIENT:
         w = scalar(weight, sample, COMPUTE) if WEIGHTED else 1.0
         scale = scalar(numbers[2], 0, tl.float64)
@@ -147,13 +163,17 @@ def chunk_kernel(
             partial += _terms(r, c, KIND, COMPUTE)
         if GRADIENT:
             gradient = _gradient(r, factor, d, c, scale, w, KIND, COMPUTE, WEIGHTED)
-            write(grad, gradient, row, col, mask, sizes, strides[len(inputs) % len(strides)], V, True)
+            write(
+                grad, gradient, row, col, mask, sizes, strides[len(inputs) % len(strides)], V, True
+            )
     if SUM:
         tl.store(sums + row * chunks + chunk, tl.sum(partial, axis=1, keep_dims=True))
 
 
 @triton.jit
-def finish_kernel(sums, losses, numbers, chunks, KIND: tl.constexpr, COMPUTE: tl.constexpr, CHUNKS: tl.constexpr):
+def finish_kernel(
+    sums, losses, numbers, chunks, KIND: tl.constexpr, COMPUTE: tl.constexpr, CHUNKS: tl.constexpr
+):
     """The loss of one sample from the sums of its chunks."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, CHUNKS)
@@ -163,7 +183,9 @@ def finish_kernel(sums, losses, numbers, chunks, KIND: tl.constexpr, COMPUTE: tl
     tl.store(losses + row, loss.to(COMPUTE))
 
 
-def flow_loss(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad) -> None:
+def flow_loss(
+    prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad
+) -> None:
     """See ``rfkernels.ops.flow_loss.flow_loss``; writes ``losses`` (B,) unweighted and, where given, ``grad``, the
     gradient of sum_b weight_b loss_b grad_scale."""
     samples = prediction.shape[0]
@@ -181,7 +203,9 @@ def flow_loss(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, g
         drawn = PER_SAMPLE if any_varies((seed, offset)) else GLOBAL
     tensors = inputs if grad is None else (*inputs, grad)
     elements = prediction.numel() // samples
-    whole = (elements + 3 if elements % 4 else elements) <= WHOLE  # quads of noise may straddle samples
+    whole = (
+        elements + 3 if elements % 4 else elements
+    ) <= WHOLE  # quads of noise may straddle samples
     table = plan(
         tensors, len(tensors) - 1, by_sample=True, noise=drawn,
         block=1024 if whole else TILE, widest=WHOLE if whole else TILE,
@@ -209,11 +233,36 @@ def flow_loss(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, g
     constants |= {"CHUNKS": padded, "num_warps": 8}
     programs = samples * chunks
     if kind == "pseudo_huber" and grad is not None:
-        launch("flow_loss", chunk_kernel, programs, device, *arguments, SUM=True, GRADIENT=False, **constants)
-        launch("flow_loss", chunk_kernel, programs, device, *arguments, SUM=False, GRADIENT=True, **constants)
+        launch(
+            "flow_loss",
+            chunk_kernel,
+            programs,
+            device,
+            *arguments,
+            SUM=True,
+            GRADIENT=False,
+            **constants,
+        )
+        launch(
+            "flow_loss",
+            chunk_kernel,
+            programs,
+            device,
+            *arguments,
+            SUM=False,
+            GRADIENT=True,
+            **constants,
+        )
         return
     launch(
-        "flow_loss", chunk_kernel, programs, device, *arguments, SUM=True, GRADIENT=grad is not None, **constants
+        "flow_loss",
+        chunk_kernel,
+        programs,
+        device,
+        *arguments,
+        SUM=True,
+        GRADIENT=grad is not None,
+        **constants,
     )
     launch(
         "flow_loss", finish_kernel, samples, device, sums, losses, numbers, chunks,

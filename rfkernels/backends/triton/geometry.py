@@ -15,8 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-NONE, GLOBAL, PER_SAMPLE = 0, 1, 2  # noise: not drawn; one element index for the call; restarting in every sample
-_INT32 = 2**31
+NONE, GLOBAL, PER_SAMPLE = (
+    0,
+    1,
+    2,
+)  # noise: not drawn; one element index for the call; restarting in every sample
+# Offsets up to here, and the overshoot of a row's last tiles, fit 32 bits.
+_INT32 = 2**31 - 2**24
 
 Dim = tuple[int, tuple[int, ...]]  # size, and each tensor's stride
 
@@ -52,8 +57,11 @@ class Geometry(NamedTuple):
     @property
     def constants(self) -> dict[str, int | bool]:
         """The compile-time part: tile shape, vector width, index width, noise shift, and whether full tiles go unmasked."""
-        extent = max(sum((n - 1) * s for n, s in zip(self.sizes, strides[1:], strict=True)) for strides in self.strides)
-        wide = max(extent, self.width) + self.tile_cols >= _INT32
+        extent = max(
+            sum((n - 1) * s for n, s in zip(self.sizes, strides[1:], strict=True))
+            for strides in self.strides
+        )
+        wide = max(extent, self.width) >= _INT32
         # A length that is no multiple of 16 hides the alignment of the mask, so the full tiles of one long row drop it.
         ragged = self.rows == 1 and self.cols % 16 != 0 and self.cols > self.tile_cols
         return {
@@ -72,7 +80,9 @@ def _merge(dims: Sequence[Dim]) -> list[Dim]:
     for size, strides in dims:
         if size == 1:
             continue
-        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1], strides, strict=True)):
+        if merged and all(
+            outer == inner * size for outer, inner in zip(merged[-1][1], strides, strict=True)
+        ):
             merged[-1] = merged[-1][0] * size, strides
         else:
             merged.append((size, strides))
@@ -104,7 +114,9 @@ def plan(
         rows = shape[0] if by_sample else 1
         cols = math.prod(shape[1:]) if by_sample else math.prod(shape)
         sizes, unit = (cols,), True
-        per_tensor = ((cols if rows > 1 else 0, 1),)  # a stride of 0 keeps the alignment of the only row known
+        per_tensor = (
+            (cols if rows > 1 else 0, 1),
+        )  # a stride of 0 keeps the alignment of the only row known
     else:
         dims = [(size, tuple(t.stride(d) for t in tensors)) for d, size in enumerate(shape)]
         head, inner = (dims[0], dims[1:]) if by_sample else ((1, (0,) * count), dims)
@@ -117,14 +129,16 @@ def plan(
             cols //= head[0]
         rows = head[0]
         sizes = tuple(size for size, _ in inner)
-        per_tensor = tuple((head[1][k], *(strides[k] for _, strides in inner)) for k in range(count))
+        per_tensor = tuple(
+            (head[1][k], *(strides[k] for _, strides in inner)) for k in range(count)
+        )
         unit = len(inner) == 1 and all(strides[1] == 1 for strides in per_tensor)
         if len(set(per_tensor)) == 1:
             per_tensor = per_tensor[:1]
     shift = noise == GLOBAL and rows > 1 and cols % 4 != 0
     width = cols + 3 if shift else cols
     tile_cols = min(max(_power_of_two(width), 4), widest)
-    tile_rows = max(block // tile_cols, 1) if rows > 1 else 1
+    tile_rows = min(max(block // tile_cols, 1), _power_of_two(rows))
     itemsize = max(t.element_size() for t in tensors)
     # One layout for all tensors of the call: 16 bytes of the widest type, and whole quads of noise.
     vector = (4 if noise else 16 // itemsize) if unit else 1

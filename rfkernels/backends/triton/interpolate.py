@@ -105,9 +105,29 @@ def _interpolate(
     xt = sigma * x0 + alpha * x1
     target = dsigma * x0 + dalpha * x1
     write(outputs[0], xt, row, col, mask, sizes, strides[len(inputs) % len(strides)], V, MASKED)
-    write(outputs[1], target, row, col, mask, sizes, strides[(len(inputs) + 1) % len(strides)], V, MASKED)
+    write(
+        outputs[1],
+        target,
+        row,
+        col,
+        mask,
+        sizes,
+        strides[(len(inputs) + 1) % len(strides)],
+        V,
+        MASKED,
+    )
     if len(outputs) == 3:
-        write(outputs[2], x0, row, col, mask, sizes, strides[(len(inputs) + 2) % len(strides)], V, MASKED)
+        write(
+            outputs[2],
+            x0,
+            row,
+            col,
+            mask,
+            sizes,
+            strides[(len(inputs) + 2) % len(strides)],
+            V,
+            MASKED,
+        )
 
 
 @triton.jit

@@ -58,7 +58,15 @@ def any_varies(values: Iterable[object]) -> bool:
     return any(varies(value) for value in values)
 
 
-def launch(op: str, kernel, programs: int, device: torch.device, *arguments, num_warps: int = 4, **constants) -> None:
+def launch(
+    op: str,
+    kernel,
+    programs: int,
+    device: torch.device,
+    *arguments,
+    num_warps: int = 4,
+    **constants,
+) -> None:
     """Start ``programs`` programs of a kernel on the tensors' device and its current stream, and count the launch."""
     package.launches[op] += 1
     guard = contextlib.nullcontext()

@@ -41,7 +41,9 @@ def _step(
         factor = dt
         total = x
         for i in tl.static_range(1, len(inputs)):
-            d = read(inputs[i], row, col, mask, sizes, strides[i % len(strides)], COMPUTE, V, MASKED)
+            d = read(
+                inputs[i], row, col, mask, sizes, strides[i % len(strides)], COMPUTE, V, MASKED
+            )
             if i == 2:
                 factor = (dt * dt) * 0.5
             if i == 3:
@@ -50,7 +52,9 @@ def _step(
     else:  # ((c0 * x + c1 * t1) + ... + cn * tn) + cnoise * z
         total = scalar(scalars[0], sample, COMPUTE) * x
         for i in tl.static_range(1, len(inputs)):
-            t = read(inputs[i], row, col, mask, sizes, strides[i % len(strides)], COMPUTE, V, MASKED)
+            t = read(
+                inputs[i], row, col, mask, sizes, strides[i % len(strides)], COMPUTE, V, MASKED
+            )
             total = total + scalar(scalars[i], sample, COMPUTE) * t
         if NOISE:
             z = normals(key, quads(row, first, cols, C, NOISE), sample, R, C).to(COMPUTE)
@@ -58,7 +62,17 @@ def _step(
     # The second output is a copy of the state as it was stored.
     state = rounded(total, outputs[0].dtype.element_ty)
     for i in tl.static_range(len(outputs)):
-        write(outputs[i], state, row, col, mask, sizes, strides[(len(inputs) + i) % len(strides)], V, MASKED)
+        write(
+            outputs[i],
+            state,
+            row,
+            col,
+            mask,
+            sizes,
+            strides[(len(inputs) + i) % len(strides)],
+            V,
+            MASKED,
+        )
 
 
 @triton.jit

@@ -38,9 +38,13 @@ def random_kernel(
     row, first = locate(tl.program_id(0), rows, tiles, R, C, WIDE)
     if RAGGED:
         if first + C <= cols:
-            _draw(out, key, row, first, rows, cols, sizes, strides, BITS, NOISE, R, C, V, SHIFT, False)
+            _draw(
+                out, key, row, first, rows, cols, sizes, strides, BITS, NOISE, R, C, V, SHIFT, False
+            )
         else:
-            _draw(out, key, row, first, rows, cols, sizes, strides, BITS, NOISE, R, C, V, SHIFT, True)
+            _draw(
+                out, key, row, first, rows, cols, sizes, strides, BITS, NOISE, R, C, V, SHIFT, True
+            )
     else:
         _draw(out, key, row, first, rows, cols, sizes, strides, BITS, NOISE, R, C, V, SHIFT, True)
 
@@ -52,7 +56,9 @@ def random(out: torch.Tensor, seed, offset, distribution: str) -> None:
     per_sample = any_varies((seed, offset))
     noise = PER_SAMPLE if per_sample else GLOBAL
     table = plan((out,), 0, by_sample=per_sample, noise=noise)
-    bits = 0 if distribution == "normal" else {torch.bfloat16: 8, torch.float16: 11}.get(out.dtype, 24)
+    bits = (
+        0 if distribution == "normal" else {torch.bfloat16: 8, torch.float16: 11}.get(out.dtype, 24)
+    )
     key = (counter(seed), counter(offset))
     launch(
         "random", random_kernel, table.programs, out.device, out, key, *table.arguments,

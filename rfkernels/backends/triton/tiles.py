@@ -53,7 +53,17 @@ def addresses(pointer, row, col, sizes, strides, V: tl.constexpr):
 
 
 @triton.jit
-def read(pointer, row, col, mask, sizes, strides, COMPUTE: tl.constexpr, V: tl.constexpr, MASKED: tl.constexpr):
+def read(
+    pointer,
+    row,
+    col,
+    mask,
+    sizes,
+    strides,
+    COMPUTE: tl.constexpr,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The tile of one tensor in the compute type; what the mask hides is undefined."""
     at = addresses(pointer, row, col, sizes, strides, V)
     if MASKED:
