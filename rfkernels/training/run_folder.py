@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,7 +83,8 @@ class RunFolder:
         self.pairs = self.path / "pairs"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
-        described = {"format": FORMAT, **description}
+        # As JSON gives it back (tuples become lists), so that it compares with what is on the disk.
+        described = json.loads(json.dumps({"format": FORMAT, **description}))
         self.resumed = self._check(described, resume)
         self._lock = self._acquire()
         try:

@@ -61,6 +61,12 @@ def test_other_options_are_not_resumed(tmp_path):
     begin(tmp_path / "a", {**DESCRIPTION, "config": {"steps": 3, "log_every": 9}}, resume=True)
 
 
+def test_what_json_turns_into_lists_is_no_other_option(tmp_path):
+    description = {**DESCRIPTION, "model": {"name": "x", "options": {"blocks": (8, 16)}}}
+    begin(tmp_path / "a", description)
+    assert begin(tmp_path / "a", description, resume=True).resumed
+
+
 def test_config_of_another_format_is_refused(tmp_path):
     begin(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text('{"format": 99}')
