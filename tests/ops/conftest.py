@@ -1,0 +1,31 @@
+"""Settings of the op tests: their helper modules are importable, and property tests draw the same examples every time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Tests are imported one by one (importlib mode), so a folder's own helpers need its path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+hypothesis.settings.register_profile(
+    "ops",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("ops")
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count for one test: ``threads(2)``."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
