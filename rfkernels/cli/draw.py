@@ -45,6 +45,11 @@ class Drawer:
                     )
         elif label is not None and not 0 <= label < self.num_classes:
             raise ValueError(f"label: must be from 0 to {self.num_classes - 1}; got {label}")
+        if guidance not in (None, 1.0) and run.kind == "train" and run.config.label_dropout == 0.0:
+            raise ValueError(
+                "guidance: needs a run trained with label dropout, which teaches the network to draw without a label; "
+                f"got {guidance:g} for one without"
+            )
         self._guidance, self._label = guidance, label
         self._device = next(self.velocity.parameters()).device
 

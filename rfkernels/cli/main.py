@@ -1,6 +1,7 @@
 """The command's frame: which subcommands there are, and how every error becomes one line and an exit code.
 
-Exit codes: 0 done; 2 the input is wrong, or the surroundings are (a package, a file, disk space); 130 interrupted.
+Exit codes: 0 done; 1 the demo missed a target; 2 the input is wrong, or the surroundings are (a package, a file, disk
+space); 130 interrupted.
 Anything else that goes wrong is a bug in this package and keeps its traceback.
 """
 
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 import typer
 
 from rfkernels import BackendUnavailableError, __version__
@@ -22,11 +24,20 @@ from rfkernels.cli.eval import evaluate
 from rfkernels.cli.reflow import reflow
 from rfkernels.cli.sample import sample
 from rfkernels.cli.train import train
+from rfkernels.training import TrainingDivergedError
 
 __all__ = ["app", "main"]
 
 # What the package raises for wrong input and for surroundings that cannot serve it.
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, BackendUnavailableError)
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    BackendUnavailableError,
+    TrainingDivergedError,
+    torch.OutOfMemoryError,
+)
 # typer's own usage errors; BadParameter is the only one it exports, the base of all is two classes above it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 

@@ -22,6 +22,8 @@ from rfkernels.metrics import (
 )
 from rfkernels.ops.random import derive_seed, randn
 
+_MOST_NUMBERS = 1024  # per sample; the Frechet distance takes the cube of it
+
 __all__ = ["STEPS", "Quality", "Yardstick", "measure_steps", "quality_rows"]
 
 STEPS = (1, 2, 4, 8, 32)
@@ -46,8 +48,18 @@ class Quality:
     energy: float
 
 
+def _numbers(x: torch.Tensor) -> torch.Tensor:
+    """(N, D): the samples flattened; images of more than 1024 numbers are first averaged over squares to at most that."""
+    factor = 1
+    while x.dim() == 4 and x[0].numel() > _MOST_NUMBERS * factor**2:
+        factor += 1
+    return (x if factor == 1 else torch.nn.functional.avg_pool2d(x, factor)).flatten(1)
+
+
 class Yardstick:
     """The real data that samples are held against: training and held-out samples, flattened.
+
+    Images of more than 1024 numbers are compared after averaging over squares of pixels, down to at most that many.
 
     Args:
         train: (N, ...) what the model was trained on.
@@ -59,7 +71,7 @@ class Yardstick:
     """
 
     def __init__(self, train: torch.Tensor, held_out: torch.Tensor, draws: int = 10) -> None:
-        self.train, self.held_out, self.draws = train.flatten(1), held_out.flatten(1), draws
+        self.train, self.held_out, self.draws = _numbers(train), _numbers(held_out), draws
         for name, side in (("training", self.train), ("held-out", self.held_out)):
             if len(side) < 2:
                 raise ValueError(
@@ -73,7 +85,7 @@ class Yardstick:
 
     def measure(self, samples: torch.Tensor) -> Quality:
         """The quality of (count, ...) samples."""
-        samples = samples.flatten(1)
+        samples = _numbers(samples)
         accuracies = torch.tensor(
             [
                 float(nearest_neighbour_test(part, self.held_out))

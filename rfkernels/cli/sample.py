@@ -81,9 +81,21 @@ def sample(
     if steps is None and solver != "dopri5":
         steps = 8
     index = torch.arange(n)
-    x, nfe = drawer.draw(
-        index, seed=seed, steps=steps, solver=solver, grid=shift, batch=batch, progress=not quiet
-    )
+    try:
+        x, nfe = drawer.draw(
+            index,
+            seed=seed,
+            steps=steps,
+            solver=solver,
+            grid=shift,
+            batch=batch,
+            progress=not quiet,
+        )
+    except RuntimeError as error:
+        # An adaptive solver that gives up is about this flow and its tolerances; other errors are bugs.
+        if str(error).startswith("dopri5:"):
+            raise ValueError(str(error)) from error
+        raise
     labels = drawer.labels(index)
     if picture:
         write_bytes(out, one_grid(x) if is_image(shape) else point_cloud(x))

@@ -147,9 +147,10 @@ def train(
         config = training.from_dict(training.TrainConfig, {**saved["config"], **options})
         data = _open(dataset or _data_name(saved, run), image_size)
         network = _saved_network(saved, run)
-    command = command_line(
-        "train", "--run", run, "--resume", *([] if dataset is None else ["--dataset", dataset])
-    )
+    # The run remembers the rest.
+    again = given(dataset=dataset, image_size=image_size, device=device)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in again.items()]
+    command = command_line("train", "--run", run, "--resume", *words)
     with resumable(command):
         result = training.train_flow(
             network.to(target), data, config, run=run, resume=resume, progress=not quiet

@@ -16,7 +16,9 @@ from rfkernels.cli.quality import STEPS, Yardstick
 from rfkernels.data import digits
 
 EASY = demo_run.Target(gain=0.0, frechet=1e9, one_nn_many=1.0, one_nn_one=1.0)
-TINY = demo_run.Budget(width=16, steps=(4, 3, 2), pairs=64, held_out=60, draws=1, target=EASY, pair_steps=1)
+TINY = demo_run.Budget(
+    width=16, steps=(4, 3, 2), pairs=64, held_out=60, draws=1, target=EASY, pair_steps=1
+)
 
 
 @pytest.fixture
@@ -51,7 +53,9 @@ def test_demo_writes_everything(tiny, tmp_path, capsys):
     assert main(["demo", "--budget", "small", "--out", str(out), "-q", "--resume"]) == 0
     assert (out / "2-rf" / "config.json").read_bytes() == before
     assert json.loads((out / "results.json").read_text())["quality"] == results["quality"]
-    assert main(["demo", "--budget", "small", "--out", str(out), "-q", "--resume", "--seed", "1"]) == 2
+    assert (
+        main(["demo", "--budget", "small", "--out", str(out), "-q", "--resume", "--seed", "1"]) == 2
+    )
 
 
 def test_a_missed_target_is_said_and_fails(monkeypatch, tmp_path, capsys):
@@ -75,13 +79,21 @@ def test_pixels_are_enlarged_whole():
     with Image.open(io.BytesIO(one_grid(x))) as image:
         assert image.size == (102, 102)
         tile = torch.tensor(list(image.convert("L").crop((2, 2, 50, 50)).tobytes())).reshape(48, 48)
-    expected = ((x[0, 0] + 1) * 127.5).round().to(torch.int64).repeat_interleave(6, 0).repeat_interleave(6, 1)
+    expected = (
+        ((x[0, 0] + 1) * 127.5)
+        .round()
+        .to(torch.int64)
+        .repeat_interleave(6, 0)
+        .repeat_interleave(6, 1)
+    )
     assert torch.equal(tile, expected)
 
 
 def test_rows_keep_the_columns_aligned():
     white, black = torch.ones(3, 1, 8, 8), -torch.ones(3, 1, 8, 8)
-    with Image.open(io.BytesIO(sample_rows([("a", "#d55e00", [("1 step", white), ("2 steps", black)])]))) as image:
+    with Image.open(
+        io.BytesIO(sample_rows([("a", "#d55e00", [("1 step", white), ("2 steps", black)])]))
+    ) as image:
         right = image.convert("L").crop((118, 0, image.width, image.height))
     columns = torch.tensor(list(right.tobytes())).reshape(right.height, right.width)
     dark = (columns == 0).all(0) if (columns == 0).all(0).any() else (columns == 0).any(0)
@@ -103,3 +115,13 @@ def test_the_measures_fail_differently():
     assert copies.nearest == pytest.approx(0, abs=1e-3)
     assert copies.one_nn < 0.56
     assert yardstick.held_out_nearest() > 1.5
+
+
+def test_large_images_are_compared_after_averaging():
+    """A 64 x 64 image whose squares of 2 x 2 pixels are constant measures as its 32 x 32 original."""
+    small = torch.rand(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    plain = Yardstick(small[:20], small[20:30], draws=1).measure(small[30:])
+    averaged = Yardstick(large[:20], large[20:30], draws=1).measure(large[30:])
+    assert averaged.frechet == pytest.approx(plain.frechet, rel=1e-4)
+    assert averaged.nearest == pytest.approx(plain.nearest, rel=1e-4)

@@ -22,7 +22,10 @@ TRAIN = ["train", "--dataset", "digits", "--run", "new"]
         (["tarin"], "No such command 'tarin'"),
         (["train", "--dataset", "digits"], "Missing option '--run'"),
         (["train", "--run", "new"], "dataset: must be given"),
-        (["train", "--dataset", "nist", "--run", "new"], "dataset: must be one of digits, mnist, moons"),
+        (
+            ["train", "--dataset", "nist", "--run", "new"],
+            "dataset: must be one of digits, mnist, moons",
+        ),
         ([*TRAIN, "--steps", "0"], "steps: must be at least 1; got 0"),
         ([*TRAIN, "--steps", "many"], "--steps"),
         ([*TRAIN, "--learning-rate", "-1"], "learning_rate: must be positive"),
@@ -40,8 +43,14 @@ TRAIN = ["train", "--dataset", "digits", "--run", "new"]
         (["reflow", "nothing", "--out", "new"], "nothing holds no run"),
         (["distill", "nothing", "--out", "new"], "nothing holds no run"),
         (["sample", "nothing", "--out", "new.png"], "nothing holds no run"),
-        (["sample", "nothing", "--out", "new.gif"], "out: must end in .png, .safetensors, .npz; got new.gif"),
-        (["sample", "nothing", "--out", "file.png"], "file.png exists; give another name, or --force"),
+        (
+            ["sample", "nothing", "--out", "new.gif"],
+            "out: must end in .png, .safetensors, .npz; got new.gif",
+        ),
+        (
+            ["sample", "nothing", "--out", "file.png"],
+            "file.png exists; give another name, or --force",
+        ),
         (["sample", "nothing", "--out", "nowhere/x.png"], "the folder nowhere does not exist"),
         (["sample", "nothing", "--out", "new.png", "--n", "0"], "n: must be at least 1; got 0"),
         (["eval", "nothing"], "nothing holds no run"),

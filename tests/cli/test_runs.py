@@ -27,7 +27,12 @@ def runs(tmp_path_factory):
         "--model-option", "width=32", "--model-option", "depth=1", *TINY,
     ]) == 0  # fmt: skip
     pairs = ["--pairs", "64", "--pair-steps", "1"]
-    assert main(["reflow", str(folder / "a"), "--out", str(folder / "b"), *pairs, "--steps", "4", *TINY]) == 0
+    assert (
+        main(
+            ["reflow", str(folder / "a"), "--out", str(folder / "b"), *pairs, "--steps", "4", *TINY]
+        )
+        == 0
+    )
     assert main([
         "distill", str(folder / "b"), "--out", str(folder / "c"), "--pairs-from", str(folder / "b" / "pairs"),
         "--steps", "4", *TINY,
@@ -51,7 +56,12 @@ def test_the_command_trains_what_python_trains(runs, tmp_path):
     from rfkernels.data import digits
 
     network = models.build(
-        "mlp", seed=derive_seed(0, "init"), sample_shape=(1, 8, 8), width=32, depth=1, num_classes=10
+        "mlp",
+        seed=derive_seed(0, "init"),
+        sample_shape=(1, 8, 8),
+        width=32,
+        depth=1,
+        num_classes=10,
     )
     config = training.TrainConfig(steps=8, batch_size=32, conditional=True, label_dropout=0.1)
     result = training.train_flow(network, digits(), config)
@@ -62,7 +72,17 @@ def test_the_command_trains_what_python_trains(runs, tmp_path):
 
 def test_arrays_round_trip_and_sample_i_is_the_same_whatever_n_is(runs, tmp_path):
     for n, file in ((5, "few.npz"), (9, "many.safetensors")):
-        arguments = ["--n", str(n), "--batch", "4", "--steps", "2", "--out", str(tmp_path / file), "-q"]
+        arguments = [
+            "--n",
+            str(n),
+            "--batch",
+            "4",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / file),
+            "-q",
+        ]
         assert main(["sample", str(runs / "a"), *arguments]) == 0
     with np.load(tmp_path / "few.npz", allow_pickle=False) as few:
         x, labels = few["x"], few["labels"]
@@ -76,7 +96,9 @@ def test_arrays_round_trip_and_sample_i_is_the_same_whatever_n_is(runs, tmp_path
 def test_label_and_guidance_change_the_samples(runs, tmp_path):
     def drawn(*options):
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
-        assert main(["sample", str(runs / "a"), "--n", "4", "--out", str(file), "-q", *options]) == 0
+        assert (
+            main(["sample", str(runs / "a"), "--n", "4", "--out", str(file), "-q", *options]) == 0
+        )
         with np.load(file) as arrays:
             return arrays["x"], arrays["labels"]
 
@@ -84,6 +106,23 @@ def test_label_and_guidance_change_the_samples(runs, tmp_path):
     guided, labels = drawn("--label", "3", "--guidance", "2")
     assert labels.tolist() == [3] * 4
     assert np.abs(plain - guided).max() > 0
+
+
+def test_guidance_needs_label_dropout(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    options = [
+        "--conditional",
+        "--label-dropout",
+        "0",
+        "--steps",
+        "1",
+        "--model-option",
+        "width=16",
+    ]
+    assert main(["train", "--dataset", "digits", "--run", run, *options, *TINY]) == 0
+    arguments = ["sample", run, "--out", str(tmp_path / "x.npz"), "--guidance", "2"]
+    assert main(arguments) == 2
+    assert "guidance: needs a run trained with label dropout" in capsys.readouterr().err
 
 
 def test_picture_is_a_png_and_is_not_replaced_without_force(runs, tmp_path, capsys):
@@ -124,8 +163,15 @@ def test_eval_writes_table_and_plot(runs, tmp_path, capsys, monkeypatch):
     arguments = ["--steps", "2,1", "--draws", "1", "-q", "--out", str(out)]
     assert main(["eval", str(runs / "a"), str(runs / "b"), *arguments]) == 0
     rows = list(csv.DictReader((out / "quality.csv").read_text().splitlines()))
-    assert [(r["model"], r["steps"]) for r in rows] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
-    assert all(0 <= float(r["one_nn_accuracy"]) <= 1 and float(r["frechet_distance"]) > 0 for r in rows)
+    assert [(r["model"], r["steps"]) for r in rows] == [
+        ("a", "1"),
+        ("a", "2"),
+        ("b", "1"),
+        ("b", "2"),
+    ]
+    assert all(
+        0 <= float(r["one_nn_accuracy"]) <= 1 and float(r["frechet_distance"]) > 0 for r in rows
+    )
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out data" in capsys.readouterr().out
 
@@ -137,8 +183,26 @@ def test_eval_of_a_reflow_alone_asks_for_the_data(runs, capsys):
 
 def test_points_are_drawn_and_measured(tmp_path, capsys):
     run = str(tmp_path / "moons")
-    assert main(["train", "--dataset", "moons", "--run", run, "--steps", "3", "--model-option", "width=16", *TINY]) == 0
-    assert main(["sample", run, "--out", str(tmp_path / "moons.png"), "--solver", "dopri5", "-q"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--dataset",
+                "moons",
+                "--run",
+                run,
+                "--steps",
+                "3",
+                "--model-option",
+                "width=16",
+                *TINY,
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["sample", run, "--out", str(tmp_path / "moons.png"), "--solver", "dopri5", "-q"]) == 0
+    )
     out = tmp_path / "eval"
     assert main(["eval", run, "--steps", "1", "--draws", "1", "--out", str(out), "-q"]) == 0
     assert (out / "quality.png").exists()
@@ -165,7 +229,9 @@ def test_resume_needs_no_options_and_ends_with_the_same_weights(runs, tmp_path):
         file.unlink()
     last.rmdir()
     assert main(["train", "--run", str(halves), "--resume", "-q"]) == 0
-    ours, theirs = (load_file(r / "checkpoints" / "step-6" / "ema.safetensors") for r in (halves, whole))
+    ours, theirs = (
+        load_file(r / "checkpoints" / "step-6" / "ema.safetensors") for r in (halves, whole)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -173,8 +239,20 @@ def test_resume_needs_no_options_and_ends_with_the_same_weights(runs, tmp_path):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
     options = ["--steps", "100000", "--model-option", "width=16", "--set", "log_every=1", *TINY]
-    command = [sys.executable, "-m", "rfkernels", "train", "--dataset", "digits", "--run", str(run), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "rfkernels",
+        "train",
+        "--dataset",
+        "digits",
+        "--run",
+        str(run),
+        *options,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 60
         while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
             assert process.poll() is None, process.communicate()
