@@ -76,8 +76,7 @@ build_by_pip() {
 
 # Without scikit-build-core or pybind11: the core by cmake, the module by hand against the pybind11 that torch brings.
 build_by_hand() {
-  local headers suffix toolkit
-  toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+  local headers suffix cudart
   headers=$("$python" -c 'import pybind11; print(pybind11.get_include())' 2>/dev/null ||
     "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
   if [ ! -f "$headers/pybind11/pybind11.h" ]; then
@@ -87,11 +86,12 @@ build_by_hand() {
   suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
   cmake "${generator[@]}" -S "$root" -B "$work/build" -DRFK_PYTHON=OFF -DRFK_CUDA=ON "-DRFK_CUDA_ARCHS=$arch" &&
     cmake --build "$work/build" --parallel "$(nproc)" --target rfk_core &&
+    cudart=$(sed -n 's/^CUDA_cudart_static_LIBRARY[^=]*=//p' "$work/build/CMakeCache.txt") &&
     cp -r "$root/rfkernels" "$site/" && rm -f "$site"/rfkernels/*.so &&
     c++ -O3 -std=c++17 -fPIC -shared -fvisibility=hidden -fopenmp "-I$headers" "-I$root/csrc/include" "-I$root/csrc" \
       "-I$root/python/bindings" \
       "-I$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" "$root"/python/bindings/*.cpp \
-      "$work/build/librfk_core.a" "-L$toolkit/lib64" "-L$toolkit/targets/x86_64-linux/lib" -lcudart_static -lrt -ldl \
+      "$work/build/librfk_core.a" "$cudart" -lrt -ldl \
       -lpthread -o "$site/rfkernels/_C$suffix"
 }
 export -f build_by_pip build_by_hand
