@@ -7,18 +7,36 @@ op's launcher sent to the device.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 
 import torch
 
 launches: dict[str, int] = dict.fromkeys(("ode_step", "interpolate", "flow_loss", "random"), 0)
 
+OLDEST = (
+    3,
+    4,
+)  # the first whose compiler takes the nested tuples of arguments that the kernels use
+
 
 @functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing() -> str | None:
+    """Why the package triton cannot be used; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; `pip install triton` (Linux)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a nightly build under another name
+        return None
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        return (
+            f"triton {version} is installed; the kernels need {'.'.join(map(str, OLDEST))} or later"
+        )
+    return None
 
 
 @functools.cache
@@ -38,8 +56,9 @@ def unavailable_reason(device_type: str) -> str | None:
     """Why the Triton kernels do not serve tensors of that device type here; None when they do."""
     if device_type not in ("cpu", "cuda"):
         return f"there are no Triton kernels for {device_type}; the reference serves it"
-    if not _installed():
-        return "the package triton is not installed; `pip install triton` (Linux)"
+    missing = _missing()
+    if missing is not None:
+        return missing
     if interpreted():
         return None
     if device_type == "cpu":

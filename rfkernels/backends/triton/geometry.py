@@ -3,8 +3,8 @@
 Every kernel walks a table of ``rows`` x ``cols`` elements in tiles of R x C. A row is a sample when scalars or seeds differ
 between samples, else the outermost dimension that does not merge with the others (or there is one row). The columns are the
 remaining dimensions, merged where every tensor allows it; what is left has sizes ``sizes``, and a tensor's element is at
-``row * strides[0] + sum of coordinate * strides[1:]``. Without drawn noise the dimensions are first put into the memory order
-of the output, so dense tensors of equal strides (channels_last too) are one contiguous run.
+``row * strides[0] + sum of coordinate * strides[1:]``. Without drawn noise the dimensions are first put into the memory
+order of the output, so dense tensors of equal strides (channels_last too) are one contiguous run.
 """
 
 from __future__ import annotations

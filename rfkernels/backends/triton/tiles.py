@@ -94,16 +94,16 @@ def write(pointer, value, row, col, mask, sizes, strides, V: tl.constexpr, MASKE
 @triton.jit
 def unpack(words):
     """(low, high) 32 bits of a (low, middle, high) tuple of 24, 24 and 16 bits."""
-    middle = tl.to_tensor(words[1]).to(tl.uint32)  # the interpreter hands over Python floats
-    low = tl.to_tensor(words[0]).to(tl.uint32) | (middle << 24)
-    return low, (middle >> 8) | (tl.to_tensor(words[2]).to(tl.uint32) << 16)
+    middle = tl.cast(words[1], tl.uint32)  # the interpreter hands over Python floats
+    low = tl.cast(words[0], tl.uint32) | (middle << 24)
+    return low, (middle >> 8) | (tl.cast(words[2], tl.uint32) << 16)
 
 
 @triton.jit
 def scalar(argument, row, COMPUTE: tl.constexpr):
     """A scalar argument of ``launch.number`` in the compute type, (R, 1) where it differs between samples."""
     if len(argument) == 1:
-        return tl.to_tensor(argument[0]).to(COMPUTE)
+        return tl.cast(argument[0], COMPUTE)
     elif len(argument) == 2:
         return tl.load(argument[0] + row * argument[1]).to(COMPUTE)
     else:
