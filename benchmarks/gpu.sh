@@ -86,7 +86,7 @@ build_by_hand() {
   suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
   cmake "${generator[@]}" -S "$root" -B "$work/build" -DRFK_PYTHON=OFF -DRFK_CUDA=ON "-DRFK_CUDA_ARCHS=$arch" &&
     cmake --build "$work/build" --parallel "$(nproc)" --target rfk_core &&
-    cudart=$(sed -n 's/^CUDA_cudart_static_LIBRARY[^=]*=//p' "$work/build/CMakeCache.txt") &&
+    cudart=$(sed -n 's/^CUDA_cudart_static_LIBRARY:FILEPATH=//p' "$work/build/CMakeCache.txt") &&
     cp -r "$root/rfkernels" "$site/" && rm -f "$site"/rfkernels/*.so &&
     c++ -O3 -std=c++17 -fPIC -shared -fvisibility=hidden -fopenmp "-I$headers" "-I$root/csrc/include" "-I$root/csrc" \
       "-I$root/python/bindings" \
