@@ -17,6 +17,7 @@ import torch
 from rfkernels.metrics import (
     energy_distance,
     frechet_distance,
+    gaussian_statistics,
     nearest_distance,
     nearest_neighbour_test,
 )
@@ -77,6 +78,7 @@ class Yardstick:
                 raise ValueError(
                     f"data: needs at least two {name} samples to compare with; got {len(side)}"
                 )
+        self._statistics = gaussian_statistics(self.train)
 
     @property
     def count(self) -> int:
@@ -93,7 +95,7 @@ class Yardstick:
             ]
         )
         return Quality(
-            frechet=float(frechet_distance(samples, self.train)),
+            frechet=float(frechet_distance(samples, self._statistics)),
             one_nn=float(accuracies.mean()),
             one_nn_spread=float(accuracies.std(correction=0)),
             nearest=float(nearest_distance(samples, self.train).median()),
