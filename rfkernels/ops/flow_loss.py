@@ -7,7 +7,6 @@ float32 against 40 for sub, square, mean and their backward.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rfkernels import _dispatch, _registry
 from rfkernels.backends.reference import flow_loss as reference
@@ -173,6 +172,21 @@ def _loss_fake(prediction, target, x0, x1, *args):
     return value, losses, torch.empty_like(prediction) if with_grad else prediction.new_empty(0)
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """Identity on a gradient that raises where it is differentiated again, rather than count as a constant."""
+
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "flow_loss: the gradient comes from the forward pass and has no derivative of its own; for second derivatives "
+            'compute the loss under rfkernels.use_backend("reference")'
+        )
+
+
 class _FlowLoss(torch.autograd.Function):
     @staticmethod
     def forward(*args):
@@ -191,8 +205,15 @@ class _FlowLoss(torch.autograd.Function):
         ctx.save_for_backward(grad, losses)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_value, *_):
+        with torch.no_grad():
+            grads = _FlowLoss.first_backward(ctx, grad_value)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [g if g is None else _FirstDerivative.apply(g.detach().requires_grad_()) for g in grads]
+        return tuple(grads)
+
+    @staticmethod
+    def first_backward(ctx, grad_value):
         grad, losses = ctx.saved_tensors
         result = [None] * 13
         unit = (
@@ -214,7 +235,7 @@ class _FlowLoss(torch.autograd.Function):
                     result[i] = scaled.to(ctx.dtypes[i])
         if ctx.needs_input_grad[8]:
             result[8] = (losses * grad_value * ctx.scale).to(ctx.weight_dtype)
-        return tuple(result)
+        return result
 
 
 flow_loss_op = _registry.register(

@@ -85,7 +85,9 @@ class Cell:
             before = self._count(op)
             result = call()
             moved = self._count(op) - before
-        assert moved > 0 or not launches, f"{op} did not run in {self}: its launcher's counter did not move"
+        assert moved > 0 or not launches, (
+            f"{op} did not run in {self}: its launcher's counter did not move"
+        )
         return result
 
 
@@ -101,6 +103,13 @@ _ALL = (
     Cell("triton", "cuda" if GPU else "cpu"),
 )
 CELLS = [_parameter(cell) for cell in _ALL]
+# Without Triton's interpreter, for the tests that would take minutes in it; the Triton kernels have their own.
+FAST_CELLS = [
+    _parameter(cell) for cell in _ALL if not (cell.backend == "triton" and cell.device == "cpu")
+]
+INTERPRETER = [
+    _parameter(cell) for cell in _ALL if cell.backend == "triton" and cell.device == "cpu"
+]
 NATIVE_CPU = [cell for cell in _ALL if cell.isa is not None and cell.reason() is None]
 NATIVE = [_parameter(cell) for cell in _ALL if cell.backend == "native"]
 

@@ -6,16 +6,30 @@ import math
 
 import torch
 from hypothesis import strategies as st
-
 from tolerances import BF16, DTYPES, F16, F32, F64
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "batch_last", "narrowed")
 INPUT_LAYOUTS = (*LAYOUTS, "expanded", "expanded_batch")
 SIZES = (0, 1, 2, 3, 5, 7, 13, 31, 33, 127, 129, 257, 1023, 1025)
-SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-45, 6e-8, 3.3e38, -3.3e38, 65504.0, 1.0)
+SPECIAL = (
+    0.0,
+    -0.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-40,
+    -1e-45,
+    6e-8,
+    3.3e38,
+    -3.3e38,
+    65504.0,
+    1.0,
+)
 
 
-def normal(*shape: int, dtype: torch.dtype = F32, key: int = 0, device: str = "cpu") -> torch.Tensor:
+def normal(
+    *shape: int, dtype: torch.dtype = F32, key: int = 0, device: str = "cpu"
+) -> torch.Tensor:
     """Repeatable normals."""
     generator = torch.Generator().manual_seed(7919 * key + sum(shape))
     return torch.randn(shape, generator=generator, dtype=F64).to(device, dtype)
@@ -26,7 +40,9 @@ def laid_out(values: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "contiguous" or values.ndim == 0:
         return values
     if layout == "transposed":
-        return values.transpose(-1, -2).contiguous().transpose(-1, -2) if values.ndim > 1 else values
+        return (
+            values.transpose(-1, -2).contiguous().transpose(-1, -2) if values.ndim > 1 else values
+        )
     if layout == "sliced":
         wide = torch.full((*values.shape[:-1], 2 * values.shape[-1] + 1), 77.0, dtype=values.dtype)
         view = wide[..., 1::2]
@@ -80,13 +96,19 @@ def shapes(draw: st.DrawFn, *, limit: int = 5000) -> tuple[int, ...]:
 
 
 @st.composite
-def operands(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, special: bool = False) -> torch.Tensor:
+def operands(
+    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, special: bool = False
+) -> torch.Tensor:
     """An input tensor of any layout."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     values = torch.randn(shape, generator=generator, dtype=F64)
     if special:
         chosen = torch.randint(0, len(SPECIAL), shape, generator=generator)
-        values = torch.where(torch.rand(shape, generator=generator) < 0.5, torch.tensor(SPECIAL, dtype=F64)[chosen], values)
+        values = torch.where(
+            torch.rand(shape, generator=generator) < 0.5,
+            torch.tensor(SPECIAL, dtype=F64)[chosen],
+            values,
+        )
     return laid_out(values.to(dtype), draw(st.sampled_from(INPUT_LAYOUTS)))
 
 

@@ -6,14 +6,34 @@ import math
 
 import pytest
 import torch
+from cells import (
+    FAST_CELLS,
+    INTERPRETER,
+    NATIVE,
+    NATIVE_CPU,
+    Cell,
+    reference,
+    results,
+    same_bits,
+    same_results,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import (
+    LAYOUTS,
+    laid_out,
+    normal,
+    operands,
+    partner_dtypes,
+    scalar,
+    scalars,
+    seeds,
+    shapes,
+)
+from tolerances import BF16, DTYPES, F16, F32, F64, combination, within
 
 import rfkernels as rf
-from cells import CELLS, NATIVE, NATIVE_CPU, Cell, reference, results, same_bits, same_results
 from rfkernels.flow import paths
-from tensors import LAYOUTS, laid_out, normal, operands, partner_dtypes, scalar, scalars, seeds, shapes
-from tolerances import BF16, DTYPES, F16, F32, F64, combination, within
 
 PATHS = ("linear", "trigonometric", "vp", "sub-vp")
 PARITY_SHAPES = [(3, 701), (2, 3, 17, 24), (70, 3), (2501,)]
@@ -28,7 +48,11 @@ class Cubic:
 
 def compare(cell: Cell, actual, expected, dtype, path, what=""):
     """Bits; float64 named paths go through two maths libraries: a few units of the largest term."""
-    if path not in ("linear",) and isinstance(path, str) and (dtype == F64 or not cell.exact or cell.interpreted):
+    if (
+        path not in ("linear",)
+        and isinstance(path, str)
+        and (dtype == F64 or not cell.exact or cell.interpreted)
+    ):
         for a, e in zip(results(actual), results(expected), strict=True):
             unit = {F64: 2.0**-50, F32: 2.0**-21, BF16: 2.0**-7, F16: 2.0**-10}[dtype]
             torch.testing.assert_close(a.cpu(), e.cpu(), rtol=unit, atol=unit * 32, equal_nan=True)
@@ -36,21 +60,44 @@ def compare(cell: Cell, actual, expected, dtype, path, what=""):
         same_results(cell, actual, expected, (path, what))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", INTERPRETER)
+@pytest.mark.parametrize("path", ["linear", "sub-vp"])
+def test_bits_of_the_reference_in_the_interpreter(cell: Cell, path):
+    bits_of_the_reference(cell, F32, path, PARITY_SHAPES[:1])
+
+
+@pytest.mark.parametrize("cell", FAST_CELLS)
 @pytest.mark.parametrize("path", [*PATHS, Cubic()], ids=[*PATHS, "custom"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_cell_gives_the_bits_of_the_reference(cell: Cell, dtype, path):
-    if cell.interpreted and (dtype in (BF16, F16) or path in ("vp", "trigonometric")):
-        pytest.skip("the interpreter is slow: its other types and paths are tested with the Triton kernels")
-    for shape in PARITY_SHAPES[: 1 if cell.interpreted else None]:
+    bits_of_the_reference(cell, dtype, path, PARITY_SHAPES)
+
+
+def bits_of_the_reference(cell: Cell, dtype, path, shapes_) -> None:
+    for shape in shapes_:
         layout = LAYOUTS[(len(shape) + shape[0]) % len(LAYOUTS)]
-        x1, x0 = (laid_out(normal(*shape, dtype=dtype, key=k), layout).to(cell.device) for k in range(2))
+        x1, x0 = (
+            laid_out(normal(*shape, dtype=dtype, key=k), layout).to(cell.device) for k in range(2)
+        )
         for kind in ("float", "per sample, strided"):
-            t = scalar(kind, 0.45, shape[0]) if kind == "float" else scalar(kind, 0.45, shape[0]).clamp(0, 0.95)
+            t = (
+                scalar(kind, 0.45, shape[0])
+                if kind == "float"
+                else scalar(kind, 0.45, shape[0]).clamp(0, 0.95)
+            )
             t = t if isinstance(t, float) else t.to(cell.device)
             for source in ({"x0": x0}, {"seed": 2**62 + 5, "offset": 2**40 + 7}):
-                call = lambda t=t, x1=x1, source=source: rf.interpolate(x1, t, path=path, return_x0=True, **source)  # noqa: E731
-                compare(cell, cell.run("interpolate", call), reference(call), dtype, path, (kind, shape, list(source)))
+                call = lambda t=t, x1=x1, source=source: rf.interpolate(
+                    x1, t, path=path, return_x0=True, **source
+                )  # noqa: E731
+                compare(
+                    cell,
+                    cell.run("interpolate", call),
+                    reference(call),
+                    dtype,
+                    path,
+                    (kind, shape, list(source)),
+                )
 
 
 @settings(max_examples=60)
@@ -63,7 +110,9 @@ def test_any_input(data):
     t = data.draw(scalars(shape[0]))
     options = {"path": path, "return_x0": data.draw(st.booleans())}
     if data.draw(st.booleans()):
-        options["x0"] = data.draw(operands(shape, data.draw(st.sampled_from(partner_dtypes(dtype))), special=special))
+        options["x0"] = data.draw(
+            operands(shape, data.draw(st.sampled_from(partner_dtypes(dtype))), special=special)
+        )
     else:
         options |= {"seed": data.draw(seeds(shape[0])), "offset": data.draw(seeds(shape[0]))}
     if isinstance(path, str) and path != "linear":
@@ -83,7 +132,9 @@ def test_near_the_float64_truth(cell: Cell, dtype, path):
     x1, x0 = (normal(5, 411, dtype=dtype, key=k, device=cell.device) for k in range(2))
     t = torch.linspace(0, 0.95, 5, device=cell.device)
     xt, target, _ = cell.run("interpolate", lambda: rf.interpolate(x1, t, x0=x0, path=path))
-    alpha, sigma, dalpha, dsigma = (c[:, None] for c in paths.get_path(path).coefficients(t.double()))
+    alpha, sigma, dalpha, dsigma = (
+        c[:, None] for c in paths.get_path(path).coefficients(t.double())
+    )
     a, b = x1.double(), x0.double()
     for actual, c1, c0 in ((xt, alpha, sigma), (target, dalpha, dsigma)):
         truth, size = c1 * a + c0 * b, (c1 * a).abs() + (c0 * b).abs()
@@ -108,15 +159,23 @@ def test_named_paths_in_float64_against_their_formulas():
     for cell in NATIVE_CPU:
         for name, (alpha, sigma, dalpha, dsigma) in formulas.items():
             with cell.active():
-                of_data, of_noise = rf.interpolate(one, t, x0=zero, path=name), rf.interpolate(zero, t, x0=one, path=name)
-            for actual, truth in zip((*of_data[:2], *of_noise[:2]), (alpha, dalpha, sigma, dsigma), strict=True):
+                of_data, of_noise = (
+                    rf.interpolate(one, t, x0=zero, path=name),
+                    rf.interpolate(zero, t, x0=one, path=name),
+                )
+            for actual, truth in zip(
+                (*of_data[:2], *of_noise[:2]), (alpha, dalpha, sigma, dsigma), strict=True
+            ):
                 torch.testing.assert_close(actual[:, 0], truth.double(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_ends_of_the_path(path):
     x1, x0 = normal(3, 100, dtype=F64), normal(3, 100, dtype=F64, key=1)
-    start, end = rf.interpolate(x1, 0.0, x0=x0, path=path), rf.interpolate(x1, 1.0, x0=x0, path=path)
+    start, end = (
+        rf.interpolate(x1, 0.0, x0=x0, path=path),
+        rf.interpolate(x1, 1.0, x0=x0, path=path),
+    )
     torch.testing.assert_close(end.xt, x1, rtol=0, atol=1e-15)
     remaining = math.exp(-0.25 * 19.9 - 0.05)  # VP keeps this much of the data at t = 0
     atol = 1e-15 if path in ("linear", "trigonometric") else 4 * remaining
@@ -131,8 +190,16 @@ def test_ends_of_the_path(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_target_is_the_derivative_of_the_point(path):
-    x1, x0, t, h = normal(4, 9, dtype=F64), normal(4, 9, dtype=F64, key=1), torch.linspace(0.1, 0.9, 4, dtype=F64), 1e-6
-    after, before = rf.interpolate(x1, t + h, x0=x0, path=path).xt, rf.interpolate(x1, t - h, x0=x0, path=path).xt
+    x1, x0, t, h = (
+        normal(4, 9, dtype=F64),
+        normal(4, 9, dtype=F64, key=1),
+        torch.linspace(0.1, 0.9, 4, dtype=F64),
+        1e-6,
+    )
+    after, before = (
+        rf.interpolate(x1, t + h, x0=x0, path=path).xt,
+        rf.interpolate(x1, t - h, x0=x0, path=path).xt,
+    )
     target = rf.interpolate(x1, t, x0=x0, path=path).target
     torch.testing.assert_close((after - before) / (2 * h), target, rtol=1e-7, atol=1e-8)
 
@@ -144,7 +211,11 @@ def test_paths_by_object_alias_and_name_agree():
         ("trigonometric", paths.TrigonometricPath()), ("vp", paths.VPPath()), ("sub-vp", paths.SubVPPath()),
     ]  # fmt: skip
     for name, other in pairs:
-        for a, b in zip(rf.interpolate(x1, t, seed=1, path=name)[:2], rf.interpolate(x1, t, seed=1, path=other)[:2], strict=True):
+        for a, b in zip(
+            rf.interpolate(x1, t, seed=1, path=name)[:2],
+            rf.interpolate(x1, t, seed=1, path=other)[:2],
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -179,7 +250,9 @@ def test_out_may_be_the_data_or_the_source(layout):
             t = torch.tensor([0.2, 0.5, 0.9])
             expected = reference(lambda x1=x1, x0=x0, t=t: rf.interpolate(x1, t, x0=x0))
             out = (x1, x0) if swap else (x0, x1)
-            found = cell.run("interpolate", lambda x1=x1, x0=x0, t=t, o=out: rf.interpolate(x1, t, x0=x0, out=o))
+            found = cell.run(
+                "interpolate", lambda x1=x1, x0=x0, t=t, o=out: rf.interpolate(x1, t, x0=x0, out=o)
+            )
             assert found.xt is out[0]
             assert found.target is out[1]
             same_bits(out[0], expected.xt)
@@ -190,15 +263,21 @@ def test_out_that_holds_the_returned_source_or_overlaps():
     x1, x0 = normal(3, 500), normal(3, 500, key=1)
     expected = reference(lambda: rf.interpolate(x1, 0.3, x0=x0, return_x0=True))
     memory = torch.zeros(3, 501)
-    found = rf.interpolate(x1, 0.3, x0=x0, return_x0=True, out=(memory[:, :-1], torch.empty(3, 500)))
+    found = rf.interpolate(
+        x1, 0.3, x0=x0, return_x0=True, out=(memory[:, :-1], torch.empty(3, 500))
+    )
     for a, b in zip(found, expected, strict=True):
         same_bits(a, b)
     source = x0.clone()
     found = rf.interpolate(x1, 0.3, x0=source, return_x0=True, out=(torch.empty(3, 500), source))
     same_bits(found.target, expected.target)
-    same_bits(found.x0, expected.x0, "x0 must be what was given, though its memory now holds the target")
+    same_bits(
+        found.x0, expected.x0, "x0 must be what was given, though its memory now holds the target"
+    )
     data = torch.cat((x1.flatten(), torch.zeros(7)))
-    rf.interpolate(data[:1500].view(3, 500), 0.3, x0=x0, out=(data[7:].view(3, 500), torch.empty(3, 500)))
+    rf.interpolate(
+        data[:1500].view(3, 500), 0.3, x0=x0, out=(data[7:].view(3, 500), torch.empty(3, 500))
+    )
     same_bits(data[7:].view(3, 500), expected.xt)
 
 
@@ -211,7 +290,9 @@ def test_gradients(path):
         torch.autograd.gradcheck(call, (x1, x0))
         torch.autograd.gradgradcheck(call, (x1, x0))
     torch.autograd.gradcheck(lambda a: rf.interpolate(a, t, seed=3, path=path)[:2], (x1,))
-    torch.autograd.gradcheck(lambda s: rf.interpolate(x1, s, x0=x0, path=path)[:2], (t.requires_grad_(),))
+    torch.autograd.gradcheck(
+        lambda s: rf.interpolate(x1, s, x0=x0, path=path)[:2], (t.requires_grad_(),)
+    )
 
 
 def test_gradients_arrive_in_the_dtype_of_the_tensor():

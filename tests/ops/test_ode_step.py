@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cells import CELLS, NATIVE, NATIVE_CPU, Cell, reference, same_bits, same_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import (
+    LAYOUTS,
+    SCALAR_KINDS,
+    laid_out,
+    normal,
+    operands,
+    partner_dtypes,
+    scalar,
+    scalars,
+    seeds,
+    shapes,
+)
+from tolerances import BF16, DTYPES, F16, F32, F64, combination, within
 
 import rfkernels as rf
-from cells import CELLS, NATIVE, NATIVE_CPU, Cell, reference, same_bits, same_results
-from tensors import LAYOUTS, SCALAR_KINDS, laid_out, normal, operands, partner_dtypes, scalar, scalars, seeds, shapes
-from tolerances import BF16, DTYPES, F16, F32, F64, combination, within
 
 # Several tiles of 1024 with a ragged tail; odd strides; samples shorter and longer than a tile.
 PARITY_SHAPES = [(3, 701), (2, 3, 17, 24), (70, 3), (2501,)]
@@ -31,10 +42,20 @@ def test_every_cell_gives_the_bits_of_the_reference(cell: Cell, dtype):
             dt, g = (on(cell, scalar(kind, value, shape[0])) for value in (0.37, 2.5))
             calls = {
                 "euler": lambda dt=dt, x=x, low=low: rf.euler_step(x, low, dt, cast=F16),
-                "guided": lambda dt=dt, g=g, x=x, v=v, u=u: rf.euler_step(x, v, dt, v_uncond=u, guidance_scale=g),
-                "taylor": lambda dt=dt, x=x, v=v, u=u, low=low: rf.taylor_step(x, (v, u, low), dt, cast=BF16),
+                "guided": lambda dt=dt, g=g, x=x, v=v, u=u: rf.euler_step(
+                    x, v, dt, v_uncond=u, guidance_scale=g
+                ),
+                "taylor": lambda dt=dt, x=x, v=v, u=u, low=low: rf.taylor_step(
+                    x, (v, u, low), dt, cast=BF16
+                ),
                 "linear": lambda dt=dt, g=g, x=x, v=v, u=u: rf.linear_step(
-                    x, (v, u), (dt, g), x_coefficient=dt, noise_scale=g, seed=2**62 + 5, offset=2**40 + 7
+                    x,
+                    (v, u),
+                    (dt, g),
+                    x_coefficient=dt,
+                    noise_scale=g,
+                    seed=2**62 + 5,
+                    offset=2**40 + 7,
                 ),
             }
             for name, call in calls.items():
@@ -53,10 +74,15 @@ def test_euler_on_any_input(data):
     cast = data.draw(st.sampled_from((None, *DTYPES)))
     options = {"cast": cast}
     if data.draw(st.booleans()):
-        options |= {"v_uncond": data.draw(operands(shape, low)), "guidance_scale": data.draw(scalars(shape[0]))}
+        options |= {
+            "v_uncond": data.draw(operands(shape, low)),
+            "guidance_scale": data.draw(scalars(shape[0])),
+        }
     expected = reference(lambda: rf.euler_step(x, v, dt, **options))
     for cell in NATIVE_CPU:
-        actual = cell.run("ode_step", lambda: rf.euler_step(x, v, dt, **options), launches=x.numel() > 0)
+        actual = cell.run(
+            "ode_step", lambda: rf.euler_step(x, v, dt, **options), launches=x.numel() > 0
+        )
         same_results(cell, actual, expected)
 
 
@@ -70,7 +96,10 @@ def test_linear_and_taylor_on_any_input(data):
     x = data.draw(operands(shape, dtype, special=special))
     tensors = [data.draw(operands(shape, data.draw(low), special=special)) for _ in range(count)]
     factors = [data.draw(scalars(shape[0])) for _ in range(count)]
-    options = {"x_coefficient": data.draw(scalars(shape[0])), "cast": data.draw(st.sampled_from((None, *DTYPES)))}
+    options = {
+        "x_coefficient": data.draw(scalars(shape[0])),
+        "cast": data.draw(st.sampled_from((None, *DTYPES))),
+    }
     if data.draw(st.booleans()):
         options |= {
             "noise_scale": data.draw(scalars(shape[0])),
@@ -98,7 +127,9 @@ def test_near_the_float64_truth(cell: Cell, dtype):
     within(actual, truth, combination(dtype, truth, size, 9), "linear")
 
     dt, g = 0.1, 7.5
-    actual = cell.run("ode_step", lambda: rf.euler_step(x, t[0], dt, v_uncond=t[1], guidance_scale=g))
+    actual = cell.run(
+        "ode_step", lambda: rf.euler_step(x, t[0], dt, v_uncond=t[1], guidance_scale=g)
+    )
     truth = x64 + dt * (t64[1] + g * (t64[0] - t64[1]))
     size = x64.abs() + dt * (t64[1].abs() + g * (t64[0].abs() + t64[1].abs()))
     within(actual, truth, combination(dtype, truth, size, 4), "guided")
@@ -116,11 +147,16 @@ def test_out_may_be_any_operand_and_nothing_else_is_written(cell: Cell, layout):
     for target in range(3):
         memory = [laid_out(normal(*shape, key=k), layout) for k in range(3)]
         x, v, u = (t if t.device.type == cell.device else t.to(cell.device) for t in memory)
-        expected = reference(lambda x=x, v=v, u=u: rf.euler_step(x, v, 0.3, v_uncond=u, guidance_scale=2.0))
+        expected = reference(
+            lambda x=x, v=v, u=u: rf.euler_step(x, v, 0.3, v_uncond=u, guidance_scale=2.0)
+        )
         out = (x, v, u)[target]
         kept = [t.clone() for i, t in enumerate((x, v, u)) if i != target]
         returned = cell.run(
-            "ode_step", lambda x=x, v=v, u=u, out=out: rf.euler_step(x, v, 0.3, v_uncond=u, guidance_scale=2.0, out=out)
+            "ode_step",
+            lambda x=x, v=v, u=u, out=out: rf.euler_step(
+                x, v, 0.3, v_uncond=u, guidance_scale=2.0, out=out
+            ),
         )
         assert returned is out
         same_bits(out, expected, (layout, target))
@@ -141,7 +177,9 @@ def test_out_of_many_terms_may_be_the_last_one():
         for target in range(9):
             x, *t = (normal(3, 1500, key=k) for k in range(9))
             everything = [x, *t]
-            expected = reference(lambda x=x, t=t: rf.linear_step(x, t, [0.1] * 8, noise_scale=0.2, seed=1))
+            expected = reference(
+                lambda x=x, t=t: rf.linear_step(x, t, [0.1] * 8, noise_scale=0.2, seed=1)
+            )
             cell.run("ode_step", lambda x=x, t=t, o=everything[target]: rf.linear_step(
                 x, t, [0.1] * 8, noise_scale=0.2, seed=1, out=o))  # fmt: skip
             same_bits(everything[target], expected, (str(cell), target))
@@ -180,7 +218,9 @@ def test_cast_is_a_copy_of_the_stored_state(dtype, cast):
     for cell in NATIVE_CPU:
         state, copy = cell.run("ode_step", lambda: rf.euler_step(x, v, 0.1, cast=cast))
         same_bits(copy, state.to(cast))
-        state, copy = cell.run("ode_step", lambda: rf.linear_step(x, (v,) * 6, (0.1,) * 6, cast=given))
+        state, copy = cell.run(
+            "ode_step", lambda: rf.linear_step(x, (v,) * 6, (0.1,) * 6, cast=given)
+        )
         assert copy is given
         same_bits(copy, state.to(cast))
 
@@ -199,16 +239,26 @@ def test_taylor_coefficients_are_products_of_the_rounded_step():
     for n in range(1, 101):
         dt = torch.tensor(1.0 / n)
         same_bits(rf.taylor_step(x, (zero, one), 1.0 / n)[0], dt * dt * 0.5)
-        same_bits(rf.taylor_step(x, (zero, zero, one), 1.0 / n)[0], dt * dt * dt * torch.tensor(1.0 / 6.0))
+        same_bits(
+            rf.taylor_step(x, (zero, zero, one), 1.0 / n)[0], dt * dt * dt * torch.tensor(1.0 / 6.0)
+        )
 
 
 def test_guidance_identities():
     x, v, u = (normal(4, 300, key=k) for k in range(3))
     for cell in NATIVE_CPU:
         with cell.active():
-            same_bits(rf.euler_step(x, v, 0.25, v_uncond=u, guidance_scale=0.0), rf.euler_step(x, u, 0.25))
-            within(rf.euler_step(x, v, 0.25, v_uncond=u, guidance_scale=1.0), rf.euler_step(x, v, 0.25), 1e-6)
-            same_bits(rf.euler_step(x, v, 0.25, v_uncond=v, guidance_scale=9.0), rf.euler_step(x, v, 0.25))
+            same_bits(
+                rf.euler_step(x, v, 0.25, v_uncond=u, guidance_scale=0.0), rf.euler_step(x, u, 0.25)
+            )
+            within(
+                rf.euler_step(x, v, 0.25, v_uncond=u, guidance_scale=1.0),
+                rf.euler_step(x, v, 0.25),
+                1e-6,
+            )
+            same_bits(
+                rf.euler_step(x, v, 0.25, v_uncond=v, guidance_scale=9.0), rf.euler_step(x, v, 0.25)
+            )
             folded = rf.linear_step(x, (v, u), (0.25 * 3.0, 0.25 * (1 - 3.0)))
             within(rf.euler_step(x, v, 0.25, v_uncond=u, guidance_scale=3.0), folded, 4e-6)
 
@@ -244,7 +294,9 @@ def test_noise_is_randn_and_per_sample_seeds_travel_with_the_sample():
             each = rf.linear_step(x, (), (), noise_scale=0.5, seed=seeds_, offset=offsets)
             alone = rf.linear_step(x[2], (), (), noise_scale=0.5, seed=5, offset=2**35)
             same_bits(each[2], alone)
-            moved = rf.linear_step(x[order], (), (), noise_scale=0.5, seed=seeds_[order], offset=offsets[order])
+            moved = rf.linear_step(
+                x[order], (), (), noise_scale=0.5, seed=seeds_[order], offset=offsets[order]
+            )
             same_bits(moved, each[order])
 
 
@@ -254,7 +306,11 @@ def test_threads_do_not_change_a_bit(threads):
         found = []
         for count in (1, 2, 3):
             threads(count)
-            found.append(cell.run("ode_step", lambda: rf.linear_step(x, (v,), (0.1,), noise_scale=1.0, seed=4)))
+            found.append(
+                cell.run(
+                    "ode_step", lambda: rf.linear_step(x, (v,), (0.1,), noise_scale=1.0, seed=4)
+                )
+            )
         same_bits(found[1], found[0])
         same_bits(found[2], found[0])
 
@@ -290,7 +346,10 @@ def test_offsets_beyond_two_to_the_31_elements(tmp_path):
         out.zero_()
         cell.run("ode_step", lambda: rf.euler_step(x, x, 0.5, out=out))
         same_bits(out, (x.float() + 0.5 * x.float()).to(BF16))
-        same_bits(cell.run("ode_step", lambda: rf.euler_step(out, out, 0.5)), reference(lambda: rf.euler_step(out, out, 0.5)))
+        same_bits(
+            cell.run("ode_step", lambda: rf.euler_step(out, out, 0.5)),
+            reference(lambda: rf.euler_step(out, out, 0.5)),
+        )
 
 
 def test_zero_dimensions_and_empty_batches():

@@ -27,7 +27,9 @@ def smallest(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps
 
 
-def combination(dtype: torch.dtype, truth: torch.Tensor, magnitude: torch.Tensor, terms: int) -> torch.Tensor:
+def combination(
+    dtype: torch.dtype, truth: torch.Tensor, magnitude: torch.Tensor, terms: int
+) -> torch.Tensor:
     """A sum of ``terms`` products stored in ``dtype``; magnitude = the sum of |coefficient| |tensor|.
 
     Rounding each coefficient, product and sum: (terms + 2) u magnitude (Higham, Accuracy and Stability, (3.4)); the store
@@ -47,7 +49,9 @@ def loss_sum(dtype: torch.dtype, elements: int) -> float:
     return (additions + 8) * UNIT[compute(dtype)]
 
 
-def within(actual: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor | float, what: object = "") -> None:
+def within(
+    actual: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor | float, what: object = ""
+) -> None:
     """|actual - truth| <= bound, element by element."""
     actual, truth = actual.detach().cpu().double(), truth.detach().cpu().double()
     error = (actual - truth).abs()
