@@ -25,9 +25,13 @@ def plot(columns, file):
     except ImportError:
         return
     figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
-    for panel, (title, points) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
+    for panel, (title, points) in zip(
+        figure.subplots(1, len(columns)), columns.items(), strict=True
+    ):
         panel.scatter(points[:, 0], points[:, 1], s=2, alpha=0.5)
-        panel.set(title=title, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal", xticks=[], yticks=[])
+        panel.set(
+            title=title, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal", xticks=[], yticks=[]
+        )
     figure.savefig(file, dpi=120)
     print(f"wrote {file}")
 
@@ -48,7 +52,9 @@ def main():
     # 2-RF: each noise is paired with the point that the 1-RF carries it to. These lines hardly cross.
     config = training.ReflowConfig(
         pairs=2000 if quick else 20_000,
-        train=training.TrainConfig(steps=steps // 2, batch_size=256, learning_rate=1e-3, time_distribution="u-shaped"),
+        train=training.TrainConfig(
+            steps=steps // 2, batch_size=256, learning_rate=1e-3, time_distribution="u-shaped"
+        ),
     )
     second = training.reflow(first, config, progress=True)
 

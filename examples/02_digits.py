@@ -33,7 +33,9 @@ def main():
     quick = parser.parse_args().quick
 
     digits = data.digits()  # 1797 images (1, 8, 8) in [-1, 1] with labels 0-9
-    network = models.build("mlp", seed=0, sample_shape=digits.sample_shape, width=384, num_classes=10)
+    network = models.build(
+        "mlp", seed=0, sample_shape=digits.sample_shape, width=384, num_classes=10
+    )
     config = training.TrainConfig(
         steps=200 if quick else 2000,
         batch_size=128,
@@ -61,7 +63,9 @@ def main():
     # How far the samples of a class are from the mean of that class: guidance draws them in.
     means = torch.stack([digits.x[digits.labels == k].mean(0) for k in range(10)])
     for scale, x in zip((1, 2, 4), drawn, strict=True):
-        print(f"guidance {scale}: distance to the class mean {(x - means[labels]).flatten(1).norm(dim=1).mean():.2f}")
+        print(
+            f"guidance {scale}: distance to the class mean {(x - means[labels]).flatten(1).norm(dim=1).mean():.2f}"
+        )
     rows = torch.cat([x.reshape(10, 4, 1, 8, 8) for x in drawn], dim=1)
     save_picture(rows.flatten(0, 1), 12, "digits.png")
 

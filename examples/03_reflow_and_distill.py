@@ -28,7 +28,9 @@ def main():
 
     digits = data.digits()
     network = models.build("mlp", seed=0, sample_shape=digits.sample_shape, width=256, depth=3)
-    config = training.TrainConfig(steps=2000 // scale, batch_size=128, learning_rate=1e-3, holdout=0.15)
+    config = training.TrainConfig(
+        steps=2000 // scale, batch_size=128, learning_rate=1e-3, holdout=0.15
+    )
     first = training.train_flow(network, digits, config, run=folder / "1-rf", **keep)
 
     # The teacher's ODE makes the pairs; their noise is not stored, it is drawn again from (seed, index).
@@ -45,17 +47,23 @@ def main():
     config = training.DistillConfig(
         k=1, train=training.TrainConfig(steps=800 // scale, batch_size=128, learning_rate=5e-4)
     )
-    student = training.distill(second, config, pairs=folder / "2-rf" / "pairs", run=folder / "distilled", **keep)
+    student = training.distill(
+        second, config, pairs=folder / "2-rf" / "pairs", run=folder / "distilled", **keep
+    )
 
     train, held_out = data.split(digits, 0.15, seed=0)  # the split that training made
     noise = rf.randn(4 * held_out.size, 1, 8, 8, seed=1)
-    print("pixel Frechet distance to the training digits, and 1-nearest-neighbour accuracy against held-out ones")
+    print(
+        "pixel Frechet distance to the training digits, and 1-nearest-neighbour accuracy against held-out ones"
+    )
     print(f"{'steps':10}" + "".join(f"{n:>16}" for n in STEPS))
     for name, result in (("1-RF", first), ("2-RF", second), ("distilled", student)):
         cells = []
         for n in STEPS:
             x = rf.sample(result.ema, noise, steps=n)
-            accuracies = [metrics.nearest_neighbour_test(part, held_out.x) for part in x.split(held_out.size)]
+            accuracies = [
+                metrics.nearest_neighbour_test(part, held_out.x) for part in x.split(held_out.size)
+            ]
             accuracy = torch.tensor(accuracies).mean()
             cells.append(f"{metrics.frechet_distance(x, train.x):8.3f} / {accuracy:.2f} ")
         print(f"{name:10}" + "".join(f"{cell:>16}" for cell in cells))

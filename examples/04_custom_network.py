@@ -42,7 +42,9 @@ def train(network, x, steps, path, times, seed=0):
     """One optimizer step per batch: x_t and its target from one kernel, the loss and its gradient from another."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    noise_seed, row_seed, time_seed = (rf.derive_seed(seed, purpose) for purpose in ("noise", "rows", "time"))
+    noise_seed, row_seed, time_seed = (
+        rf.derive_seed(seed, purpose) for purpose in ("noise", "rows", "time")
+    )
     for step in range(steps):
         rows = (rf.rand(128, seed=row_seed, offset=step) * len(x)).long()
         t = times.sample(128, seed=time_seed, offset=step)
@@ -66,7 +68,9 @@ def main():
     torch.manual_seed(0)
     network = ConvVelocity()
     # A path of your own: x_t = alpha(t) x1 + sigma(t) x0, here a quarter circle; derivatives are found by autograd.
-    path = flow.CustomPath(lambda t: torch.sin(torch.pi / 2 * t), lambda t: torch.cos(torch.pi / 2 * t))
+    path = flow.CustomPath(
+        lambda t: torch.sin(torch.pi / 2 * t), lambda t: torch.cos(torch.pi / 2 * t)
+    )
     train(network, digits.x, 100 if quick else 1500, path, flow.LogitNormal(mean=0.0, std=1.0))
 
     network.eval()

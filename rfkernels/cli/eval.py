@@ -171,14 +171,8 @@ def _real_data(runs: list[Any], dataset: str | None) -> tuple[Any, Any]:
 def _table(curves: dict[str, dict[int, Any]], yardstick: Any) -> Table:
     table = Table(title="Quality against the number of steps", title_justify="left")
     table.add_column("run", style="bold")
-    for title in (
-        "steps",
-        "Fréchet distance",
-        "1-NN accuracy",
-        "nearest training sample",
-        "energy distance",
-    ):
-        table.add_column(title, justify="right")
+    for title in ("steps", "Fréchet", "1-NN accuracy", "nearest train", "energy"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, curve in curves.items():
         for i, (n, q) in enumerate(curve.items()):
             table.add_row(

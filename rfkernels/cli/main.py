@@ -96,6 +96,8 @@ def _one_line(error: Exception) -> str:
     # str() of an OSError from the system begins with "[Errno 13]", which tells a user nothing.
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
+    # The library speaks of its arguments; here the same thing is an option.
+    message = message.replace("resume=True", "--resume")
     return " ".join(message.split()) or type(error).__name__
 
 

@@ -102,7 +102,7 @@ def sample(
     else:
         write_bytes(out, _arrays(out.suffix.lower(), x, labels))
     if not quiet:
-        say(f"{n} samples, {nfe:g} evaluations of the network each: {out}")
+        say(f"{n} samples, network evaluations for each: {nfe:g}. Wrote {out}")
 
 
 def _arrays(suffix: str, x, labels) -> bytes:

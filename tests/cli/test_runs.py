@@ -137,7 +137,7 @@ def test_picture_is_a_png_and_is_not_replaced_without_force(runs, tmp_path, caps
     assert file.read_bytes() == content
     assert main([*arguments, "--seed", "1", "--force"]) == 0
     assert file.read_bytes() != content
-    assert "1 evaluations of the network each" in capsys.readouterr().out
+    assert "network evaluations for each: 1." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,15 @@ def test_eval_writes_table_and_plot(runs, tmp_path, capsys, monkeypatch):
     )
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out data" in capsys.readouterr().out
+
+
+def test_a_run_is_not_trained_over(runs, capsys):
+    before = (runs / "a" / "config.json").read_bytes()
+    assert main(["train", "--dataset", "digits", "--run", str(runs / "a")]) == 2
+    assert "holds a run already; give another folder, or --resume" in capsys.readouterr().err
+    assert main(["train", "--run", str(runs / "a"), "--resume", "--steps", "9", "-q"]) == 2
+    assert "config.steps is 8 in the run and 9 now" in capsys.readouterr().err
+    assert (runs / "a" / "config.json").read_bytes() == before
 
 
 def test_eval_of_a_reflow_alone_asks_for_the_data(runs, capsys):
