@@ -16,6 +16,14 @@
 #include <immintrin.h>
 #endif
 
+// Called once per run of elements: one copy of each, or every kernel carries them all (23 s to compile one file, and a
+// binary twice the size).
+#if defined(__GNUC__)
+#define RFK_NOINLINE __attribute__((noinline))
+#else
+#define RFK_NOINLINE
+#endif
+
 namespace rfk {
 namespace RFK_ISA_NAMESPACE {
 
@@ -83,7 +91,7 @@ inline void load_plain(const S* source, int64_t stride, int n, C* out) {
 
 // n elements of `dtype`, `stride` elements apart, to the compute type.
 template <class C>
-inline void load_run(const char* source, int32_t dtype, int64_t stride, int n, C* out) {
+RFK_NOINLINE void load_run(const char* source, int32_t dtype, int64_t stride, int n, C* out) {
   switch (dtype) {
     case RFK_FLOAT32: return load_plain(reinterpret_cast<const float*>(source), stride, n, out);
     case RFK_FLOAT64: return load_plain(reinterpret_cast<const double*>(source), stride, n, out);
@@ -99,7 +107,7 @@ inline float narrow(C value) {
 }
 
 template <class C>
-inline void store_run(char* target, int32_t dtype, int64_t stride, int n, const C* values) {
+RFK_NOINLINE void store_run(char* target, int32_t dtype, int64_t stride, int n, const C* values) {
   switch (dtype) {
     case RFK_FLOAT32: {
       float* out = reinterpret_cast<float*>(target);
@@ -148,7 +156,7 @@ inline void store_run(char* target, int32_t dtype, int64_t stride, int n, const 
 
 // Copy bytes past the cache: a store that misses would first read the line it overwrites, a third of the traffic of a
 // large step. Lines that are not whole go the ordinary way.
-inline void stream_bytes(char* target, const char* source, int64_t bytes) {
+RFK_NOINLINE inline void stream_bytes(char* target, const char* source, int64_t bytes) {
 #if RFK_X86 && defined(__SSE2__)
   constexpr int64_t kLine = 64;
   int64_t head = (kLine - static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kLine)) % kLine;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/convert.h"
 #include "rfk/philox.h"
 #include "rfk/rfk.h"
 
@@ -147,7 +148,7 @@ struct NoiseSource {
   }
 
   // Numbers of the elements [start, start + n) in logical order.
-  void fill(int64_t start, int n, float* out) const {
+  RFK_NOINLINE void fill(int64_t start, int n, float* out) const {
     if (!noise->per_sample) {
       fill_stream(static_cast<uint64_t>(start), n, seed(0), offset(0), out);
     } else if (per_sample >= 4 * kCounters) {

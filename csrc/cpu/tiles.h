@@ -53,7 +53,7 @@ struct Space {
 
 // Lays the space of the given tensors (NULL entries are absent) and their operands out. Where `ordered` is false, inner
 // dimensions are visited in the memory order of the first tensor: the result of an elementwise call does not depend on it.
-inline Space make_space(const rfk_tensor* const* tensors, int count, bool ordered, Operand* operands) {
+RFK_NOINLINE inline Space make_space(const rfk_tensor* const* tensors, int count, bool ordered, Operand* operands) {
   Space space;
   const rfk_tensor& first = *tensors[0];
   int order[RFK_MAX_DIMS];
@@ -143,7 +143,7 @@ constexpr int32_t compute_dtype() {
 }
 
 template <class C>
-inline const C* load_tile(const Space& space, const Operand& operand, int64_t start, int n, C* buffer) {
+RFK_NOINLINE const C* load_tile(const Space& space, const Operand& operand, int64_t start, int n, C* buffer) {
   if (operand.dense && operand.dtype == compute_dtype<C>()) return reinterpret_cast<const C*>(operand.data) + start;
   for_runs(space, operand, start, n, [&](const char* source, int64_t stride, int at, int run) {
     load_run(source, operand.dtype, stride, run, buffer + at);
@@ -159,7 +159,7 @@ inline C* output_tile(const Operand& operand, int64_t start, bool stream, C* buf
 }
 
 template <class C>
-inline void store_tile(const Space& space, const Operand& operand, int64_t start, int n, bool stream, const C* values) {
+RFK_NOINLINE void store_tile(const Space& space, const Operand& operand, int64_t start, int n, bool stream, const C* values) {
   char* place = operand.data + start * operand.item;
   if (reinterpret_cast<const char*>(values) == place && operand.dense) return;
   if (stream) {

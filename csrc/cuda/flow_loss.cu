@@ -53,7 +53,7 @@ struct Loss {
     return static_cast<C>(1.0 / (static_cast<double>(elements) * norm(sum))) * scale(sample);
   }
   __device__ __forceinline__ void write_loss(int64_t sample, double sum) const {
-    const double d = static_cast<double>(elements > 0 ? elements : 1);
+    const double d = static_cast<double>(elements);  // none: 0 / 0, NaN, as a mean over nothing
     const double loss = kind == RFK_LOSS_PSEUDO_HUBER ? (norm(sum) - c_double) / d : sum / d;
     losses[sample * losses_stride] = static_cast<C>(loss);
   }

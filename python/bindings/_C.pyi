@@ -62,12 +62,12 @@ def flow_loss(
     /,
 ) -> None: ...
 def random(out: Tensor, seed: _Counter, offset: _Counter, distribution: int, /) -> None: ...
-def fast_euler_step(
+def fast_step(
+    form: int,
     x: Tensor,
-    v: Tensor,
-    v_uncond: Tensor | None,
-    dt: float,
-    guidance: float | None,
+    tensors: tuple[Tensor, ...],
+    coefficients: tuple[_Scalar, ...],
+    x_coefficient: _Scalar,
     out: Tensor,
     grad_enabled: bool,
     /,

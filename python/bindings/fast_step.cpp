@@ -1,4 +1,4 @@
-// fast_step.cpp: the Euler step into `out=` in one call, for plain tensors on the CPU.
+// fast_step.cpp: the steps in one call, for plain dense tensors on the CPU.
 //
 // A sampler's inner call. It checks in C++ what the public function checks in Python and declines (returns False) whatever
 // is not plainly right, so that errors and rare cases have one place: the public function. Under 1 us above the kernel.
@@ -81,33 +81,64 @@ bool separate_or_same(const rfk_tensor& out, const rfk_tensor& in) {
   return a + bytes(out) <= b || b + bytes(in) <= a;
 }
 
+enum Form { kLinear = 0, kEuler = 1, kGuidedEuler = 2, kTaylor = 3 };  // as rfkernels.ops.ode_step passes them
+
+// A Python number, or a 0-d or (B,) CPU tensor that nothing watches.
+bool plain_scalar(py::handle object, const dlpack::ExchangeApi* api, bool grad_enabled, const rfk_tensor& x,
+                  rfk_scalar* scalar) {
+  if (PyFloat_Check(object.ptr())) {
+    *scalar = {PyFloat_AS_DOUBLE(object.ptr()), nullptr, 0, RFK_FLOAT64};
+    return true;
+  }
+  rfk_tensor view;
+  bool dense;
+  if (!plain(object, api, grad_enabled, &view, &dense) || view.ndim > 1) return false;
+  if (view.ndim == 1 && (x.ndim == 0 || view.shape[0] != x.shape[0])) return false;
+  *scalar = {0.0, view.data, view.ndim == 0 ? 0 : view.strides[0], view.dtype};
+  return true;
+}
+
 }  // namespace
 
-bool fast_euler_step(py::handle x, py::handle v, py::handle v_uncond, py::handle dt, py::handle guidance,
-                     py::handle out, bool grad_enabled) {
+bool fast_step(int form, py::handle x, py::tuple tensors, py::tuple coefficients, py::handle x_coefficient,
+               py::handle out, bool grad_enabled) {
   const dlpack::ExchangeApi* api = exchange_api();
-  if (api == nullptr || !PyFloat_Check(dt.ptr())) return false;
-  const bool guided = !v_uncond.is_none();
-  if (guided != !guidance.is_none() || (guided && !PyFloat_Check(guidance.ptr()))) return false;
-  const py::handle objects[4] = {out, x, v, v_uncond};
-  rfk_tensor views[4];
-  const int count = guided ? 4 : 3;
-  for (int k = 0; k < count; ++k) {
-    bool dense;
-    if (!plain(objects[k], api, grad_enabled, &views[k], &dense) || !dense) return false;
-    if (k > 0 && (!same_shape(views[0], views[k]) || !separate_or_same(views[0], views[k]))) return false;
-    if (k > 1 && views[k].dtype == RFK_FLOAT64 && views[1].dtype != RFK_FLOAT64) return false;
+  const size_t count = tensors.size();
+  if (api == nullptr || count > RFK_MAX_TERMS) return false;
+  rfk_tensor view_out, view_x, terms[RFK_MAX_TERMS];
+  bool dense;
+  if (!plain(out, api, grad_enabled, &view_out, &dense) || !dense) return false;
+  if (!plain(x, api, grad_enabled, &view_x, &dense) || !dense || view_x.dtype != view_out.dtype) return false;
+  if (!same_shape(view_out, view_x) || !separate_or_same(view_out, view_x)) return false;
+  for (size_t k = 0; k < count; ++k) {
+    rfk_tensor& term = terms[k];
+    if (!plain(tensors[k], api, grad_enabled, &term, &dense) || !dense) return false;
+    if (!same_shape(view_out, term) || !separate_or_same(view_out, term)) return false;
+    if (term.dtype == RFK_FLOAT64 && view_x.dtype != RFK_FLOAT64) return false;
   }
-  if (views[0].dtype != views[1].dtype) return false;
+  rfk_scalar scalars[RFK_MAX_TERMS], c0;
+  if (coefficients.size() > RFK_MAX_TERMS || !plain_scalar(x_coefficient, api, grad_enabled, view_out, &c0)) return false;
+  for (size_t k = 0; k < coefficients.size(); ++k) {
+    if (!plain_scalar(coefficients[k], api, grad_enabled, view_out, &scalars[k])) return false;
+  }
   const rfk_device cpu{RFK_CPU, 0, nullptr};
-  const rfk_scalar step{PyFloat_AS_DOUBLE(dt.ptr()), nullptr, 0, RFK_FLOAT64};
-  const rfk_scalar scale{guided ? PyFloat_AS_DOUBLE(guidance.ptr()) : 0.0, nullptr, 0, RFK_FLOAT64};
-  const auto launch = [&] {
-    return rfk_euler_step(&cpu, &views[1], &views[2], guided ? &views[3] : nullptr, &step, guided ? &scale : nullptr,
-                          &views[0], nullptr);
+  const auto launch = [&]() -> rfk_status {
+    switch (form) {
+      case kEuler: return rfk_euler_step(&cpu, &view_x, &terms[0], nullptr, &scalars[0], nullptr, &view_out, nullptr);
+      case kGuidedEuler:
+        return rfk_euler_step(&cpu, &view_x, &terms[0], &terms[1], &scalars[0], &scalars[1], &view_out, nullptr);
+      case kTaylor:
+        return rfk_taylor_step(&cpu, &view_x, terms, static_cast<int32_t>(count), &scalars[0], &view_out, nullptr);
+      default:
+        return rfk_linear_step(&cpu, &view_x, &c0, terms, scalars, static_cast<int32_t>(count), nullptr, nullptr,
+                               &view_out, nullptr);
+    }
   };
+  const size_t tensors_needed = form == kEuler ? 1 : form == kGuidedEuler ? 2 : count;
+  const size_t scalars_needed = form == kLinear ? count : form == kGuidedEuler ? 2 : 1;
+  if (count != tensors_needed || coefficients.size() != scalars_needed) return false;
   rfk_status status;
-  if (bytes(views[0]) > 32768 * 4) {
+  if (bytes(view_out) > 32768 * 4) {
     py::gil_scoped_release release;
     status = launch();
   } else {

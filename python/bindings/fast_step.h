@@ -6,9 +6,9 @@
 
 namespace rfk_python {
 
-// True: done, `out` holds the step. False: not a plain case, nothing was written.
-bool fast_euler_step(pybind11::handle x, pybind11::handle v, pybind11::handle v_uncond, pybind11::handle dt,
-                     pybind11::handle guidance, pybind11::handle out, bool grad_enabled);
+// form: see Form in fast_step.cpp. True: done, `out` holds the step. False: not a plain case, nothing was written.
+bool fast_step(int form, pybind11::handle x, pybind11::tuple tensors, pybind11::tuple coefficients,
+               pybind11::handle x_coefficient, pybind11::handle out, bool grad_enabled);
 
 }  // namespace rfk_python
 

@@ -165,7 +165,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("interpolate", &interpolate);
   m.def("flow_loss", &flow_loss);
   m.def("random", &random_fill);
-  m.def("fast_euler_step", &rfk_python::fast_euler_step);
+  m.def("fast_step", &rfk_python::fast_step);
   m.def("flow_loss_workspace", &rfk_flow_loss_workspace, "Doubles of workspace that flow_loss needs.");
   m.def("philox4x32", &philox4x32, "The four words of one counter.");
   m.def("launch_counts", &launch_counts, "How often each launcher ran: {(op, isa or 'cuda'): count}.");

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from rfkernels import _dispatch
-from rfkernels.backends.native import fast_euler_step as _fast_euler_step
+from rfkernels.backends.native import fast_step as _native_fast_step
 from rfkernels.backends.reference import ode_step as reference
 from rfkernels.ops import _checks
 from rfkernels.ops._checks import Counter, Scalar
@@ -21,6 +21,7 @@ from rfkernels.ops._step_ops import euler_op, linear_op
 
 Cast = torch.dtype | torch.Tensor
 MAX_TERMS = 8
+_LINEAR, _EULER, _GUIDED_EULER, _TAYLOR = range(4)  # forms of the native fast step
 
 
 def euler_step(
@@ -55,13 +56,13 @@ def euler_step(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or strides that do not fit; the message says which.
     """
-    if (
-        out is not None
-        and cast is None
-        and _dispatch.fast_step_allowed()
-        and _fast_euler_step(x, v, v_uncond, dt, guidance_scale, out, torch.is_grad_enabled())
-    ):
-        return out
+    if cast is None and _dispatch.fast_step_allowed():
+        if v_uncond is None:
+            state = None if guidance_scale is not None else _fast(_EULER, x, (v,), (dt,), 1.0, out)
+        else:
+            state = _fast(_GUIDED_EULER, x, (v, v_uncond), (dt, guidance_scale), 1.0, out)
+        if state is not None:
+            return state
     _checks.tensor("euler_step", "x", x)
     _checks.like("euler_step", "v", v, x)
     dt = _checks.scalar("euler_step", "dt", dt, x)
@@ -125,6 +126,10 @@ def taylor_step(
     Raises:
         TypeError, ValueError: as ``euler_step``; also for more than three derivatives or none.
     """
+    if cast is None and type(derivatives) is tuple and _dispatch.fast_step_allowed():
+        state = _fast(_TAYLOR, x, derivatives, (dt,), 1.0, out)
+        if state is not None:
+            return state
     _checks.tensor("taylor_step", "x", x)
     if isinstance(derivatives, torch.Tensor) or not isinstance(derivatives, Sequence):
         raise TypeError(
@@ -186,6 +191,17 @@ def linear_step(
         TypeError, ValueError: as ``euler_step``.
     """
     name = "linear_step"
+    if (
+        cast is None
+        and noise_scale is None
+        and seed is None
+        and type(tensors) is tuple
+        and type(coefficients) is tuple
+        and _dispatch.fast_step_allowed()
+    ):
+        state = _fast(_LINEAR, x, tensors, coefficients, x_coefficient, out)
+        if state is not None:
+            return state
     _checks.tensor(name, "x", x)
     if isinstance(tensors, torch.Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(
@@ -228,6 +244,16 @@ def linear_step(
 
     scalars = (x_coefficient, *coefficients, *(noise or ()))
     return _run(name, x, tensors, scalars, out, cast, direct, composite, registered)
+
+
+def _fast(form, x, tensors, coefficients, x_coefficient, out) -> torch.Tensor | None:
+    """The step by the native kernels where every argument is plainly right, else None: the checks then say why."""
+    if out is None:
+        if type(x) is not torch.Tensor:
+            return None
+        out = torch.empty_like(x)
+    grad = torch.is_grad_enabled()
+    return out if _native_fast_step(form, x, tensors, coefficients, x_coefficient, out, grad) else None
 
 
 def _registered_linear(x, tensors, x_coefficient, coefficients, noise):

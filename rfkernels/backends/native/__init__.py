@@ -25,7 +25,7 @@ def _never(*_: object) -> bool:
     return False
 
 
-fast_euler_step = _never if _C is None else _C.fast_euler_step
+fast_step = _never if _C is None else _C.fast_step
 
 
 def unavailable_reason(device_type: str) -> str | None:
