@@ -30,7 +30,8 @@ BACKENDS = ("native", "triton", "reference")  # in the order of preference
 _forced: ContextVar[str | None] = ContextVar("rfkernels_backend", default=None)
 _modules: dict[tuple[str, str], ModuleType] = {}
 
-_peek_functorch = torch._C._functorch.peek_interpreter_stack
+# Not peek_interpreter_stack: Dynamo hands that out as an object that is never None.
+_functorch_level = torch._C._functorch.maybe_current_level
 _mode_depth = torch._C._len_torch_dispatch_stack
 _function_mode_depth = torch._C._len_torch_function_stack
 _increment_version = torch._C._increment_version
@@ -39,18 +40,17 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def transforms_active() -> bool:
     """True under vmap, torch.func transforms or a forward-mode level; only torch code may run then."""
-    return _peek_functorch() is not None or forward_ad._current_level >= 0
+    return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
-def direct_allowed(*tensors: object) -> bool:
-    """True when nothing but the numbers of the given tensors (or None, floats, ints) matters to the call."""
-    if _mode_depth() or _function_mode_depth() or torch.compiler.is_compiling():
+def plain(*tensors: object) -> bool:
+    """True when no mode, subclass or lazy bit of the given tensors (or None, floats, ints) matters to the call."""
+    # is_compiling first: Dynamo cannot trace the other two.
+    if torch.compiler.is_compiling() or _mode_depth() or _function_mode_depth():
         return False
-    needs_grad = torch.is_grad_enabled()
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and (
             type(tensor) not in _PLAIN
-            or (needs_grad and tensor.requires_grad)
             or tensor.is_neg()
             or tensor.layout is not torch.strided
             or tensor.is_meta
@@ -59,13 +59,25 @@ def direct_allowed(*tensors: object) -> bool:
     return True
 
 
+def recorded(*tensors: object) -> bool:
+    """True when autograd is to record the call."""
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def direct_allowed(*tensors: object) -> bool:
+    """True when nothing but the numbers of the given tensors matters to the call."""
+    return plain(*tensors) and not recorded(*tensors)
+
+
 def fast_step_allowed() -> bool:
     """True when the native kernels may be called on plain CPU tensors without going through ``backend``."""
     return not (
         torch.compiler.is_compiling()
         or _mode_depth()
         or _function_mode_depth()
-        or _peek_functorch() is not None
+        or _functorch_level() is not None
         or forward_ad._current_level >= 0
         or _forced.get() not in (None, "native")
     )
@@ -100,8 +112,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend forced by ``use_backend``, or None."""
-    return _forced.get()
+    """The backend forced by ``use_backend``, or None; while compiling None, as the kernels of a graph ask at run time."""
+    return None if torch.compiler.is_compiling() else _forced.get()
 
 
 def _module(backend: str, op: str) -> ModuleType:

@@ -253,7 +253,9 @@ def _fast(form, x, tensors, coefficients, x_coefficient, out) -> torch.Tensor | 
             return None
         out = torch.empty_like(x)
     grad = torch.is_grad_enabled()
-    return out if _native_fast_step(form, x, tensors, coefficients, x_coefficient, out, grad) else None
+    return (
+        out if _native_fast_step(form, x, tensors, coefficients, x_coefficient, out, grad) else None
+    )
 
 
 def _registered_linear(x, tensors, x_coefficient, coefficients, noise):
