@@ -23,11 +23,13 @@ def bench(
 ) -> None:
     """Time the kernels: ours against the best eager torch and torch.compile, each with its error and its limit.
 
-    The benchmarks are part of the source tree, not of the installed package; what follows `--` goes to them.
+    The benchmarks are part of the source tree, not of the installed package; all other options go to them.
 
     [bold]Examples[/]
 
-      rfkernels bench
+      rfkernels bench --quick
+
+      rfkernels bench --check --out cpu.csv
 
       rfkernels bench --benchmarks ~/rfkernels/benchmarks
 
@@ -54,7 +56,8 @@ def find_benchmarks(folder: Path | None) -> Path:
         )
     source = Path(rfkernels.__file__).resolve().parents[1]
     for place in (source, Path.cwd()):
-        if (place / "benchmarks" / "run.py").is_file():
+        # Site-packages may hold a folder of that name from another package: an op's file tells them apart.
+        if (place / "benchmarks" / "ops" / "ode_step.py").is_file():
             return place / "benchmarks" / "run.py"
     raise FileNotFoundError(
         "benchmarks: they come with the source tree, not with the installed package; "

@@ -86,8 +86,9 @@ for _name, _function in (
     ("bench", bench),
     ("doctor", doctor),
 ):
-    # What follows `--` in `rfkernels bench -- ...` is for the benchmarks.
-    app.command(_name, context_settings={"allow_extra_args": _name == "bench"})(_function)
+    # What `rfkernels bench` does not know itself is for the benchmarks: `--quick`, `--only OP`, ...
+    _rest = {"allow_extra_args": _name == "bench", "ignore_unknown_options": _name == "bench"}
+    app.command(_name, context_settings=_rest)(_function)
 
 
 def _one_line(error: Exception) -> str:
