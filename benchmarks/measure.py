@@ -23,7 +23,8 @@ import rfkernels as rf
 _TURN_US = 1000.0  # a turn lasts at least this long on the CPU
 _MAX_ROUNDS = 60
 _L2_BYTES = 256 * 2**20  # more than any L2 cache today
-_OVERHEAD_CALLS, _OVERHEAD_TURNS = 200, 21
+_OVERHEAD_CALLS = 200
+_HEAD_START_CYCLES = 500_000  # about 0.3 ms, in which the host enqueues a call
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def copy_runner(traffic: int, device: str) -> Runner:
     return Runner(lambda: target.copy_(source))
 
 
-def overhead_us(runners: dict[str, Runner]) -> dict[str, float]:
+def overhead_us(runners: dict[str, Runner], turns: int) -> dict[str, float]:
     """Host microseconds a call of runners built on so few elements that the arithmetic is nothing.
 
     The median over interleaved turns of 200 calls, less that of a Python function that does nothing. On CUDA the queue is
@@ -93,7 +94,7 @@ def overhead_us(runners: dict[str, Runner]) -> dict[str, float]:
     samples: dict[str, list[float]] = {name: [] for name in everything}
     order, shuffle = list(everything), random.Random(0).shuffle
     with _no_collection():
-        for _ in range(_OVERHEAD_TURNS):
+        for _ in range(turns):
             shuffle(order)
             for name in order:
                 if torch.cuda.is_available():
@@ -115,7 +116,7 @@ def _cpu_turn(runner: Runner, repeats: int) -> list[float]:
 
 
 def _cuda_turn(runner: Runner, repeats: int) -> list[float]:
-    """Each call by itself: the flush before it keeps the device busy while the host enqueues, so this is device time."""
+    """Each call by itself; the device is kept busy before it while the host enqueues, so this is device time."""
     pairs = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(repeats)
@@ -124,6 +125,7 @@ def _cuda_turn(runner: Runner, repeats: int) -> list[float]:
     with runner.forced():
         for begin, end in pairs:
             flush.zero_()
+            torch.cuda._sleep(_HEAD_START_CYCLES)
             begin.record()
             runner.call()
             end.record()

@@ -87,6 +87,7 @@ def arguments_of(command_line: list[str] | None) -> argparse.Namespace:
         metavar="S",
         help="time a case, dtype and size is measured for (default 3; quick 0.7)",
     )
+    add("--limit", type=float, metavar="S", help="begin no further case after so many seconds")
     add(
         "--no-compile",
         action="store_true",
@@ -283,7 +284,7 @@ def overheads(case: Case, dtype: str, options: argparse.Namespace) -> dict[str, 
             say(f"  no overhead of {case.name} {dtype} {key(variant)}: {first_line(error)}")
             continue
         runners[key(variant)] = runner
-    return overhead_us(runners)
+    return overhead_us(runners, turns=7 if options.quick else 21)
 
 
 def show(found: list[files.Row]) -> None:
@@ -308,20 +309,23 @@ def main(command_line: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     common, collected, failed, begin = environment(options.device), [], 0, time.monotonic()
-    for case in options.cases:
+    # float32 of every case first, so that a run cut short by --limit has seen all of them.
+    for case, dtype in [(c, d) for d in options.dtypes for c in options.cases if d in c.dtypes]:
+        if options.limit is not None and time.monotonic() - begin > options.limit:
+            say(f"  left out, no time: {case.name} {dtype}")
+            continue
         with contextlib.nullcontext() if case.gradient else torch.no_grad():
-            for dtype in (d for d in case.dtypes if d in options.dtypes):
-                host = overheads(case, dtype, options)
-                for size in options.sizes:
-                    setting = Setting(*SIZES[size], dtype, options.device)
-                    found, wrong = measure_case(case, setting, options, host)
-                    failed += wrong
-                    found = [{**row, **common} for row in found]
-                    collected += found
-                    if found and not options.json:
-                        show(found)
-                    if options.out:
-                        files.write(options.out, collected)
+            host = overheads(case, dtype, options)
+            for size in options.sizes:
+                setting = Setting(*SIZES[size], dtype, options.device)
+                found, wrong = measure_case(case, setting, options, host)
+                failed += wrong
+                found = [{**row, **common} for row in found]
+                collected += found
+                if found and not options.json:
+                    show(found)
+                if options.out:
+                    files.write(options.out, collected)
     if options.json:
         print(json.dumps(collected, indent=1))
     say(
