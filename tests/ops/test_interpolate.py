@@ -1,5 +1,6 @@
 """Interpolation on every backend and level: bits of the reference, closed forms, gradients, drawn sources, memory."""
 
+# ruff: noqa: E731  (the closures run before the loop goes on)
 from __future__ import annotations
 
 import math
@@ -89,7 +90,7 @@ def bits_of_the_reference(cell: Cell, dtype, path, shapes_) -> None:
             for source in ({"x0": x0}, {"seed": 2**62 + 5, "offset": 2**40 + 7}):
                 call = lambda t=t, x1=x1, source=source: rf.interpolate(
                     x1, t, path=path, return_x0=True, **source
-                )  # noqa: E731
+                )
                 compare(
                     cell,
                     cell.run("interpolate", call),
@@ -119,7 +120,7 @@ def test_any_input(data):
         t = t.clamp(0, 1) if isinstance(t, torch.Tensor) else min(max(t, 0.0), 1.0)
         if dtype == F64 and special:
             return  # two maths libraries and infinities: nothing exact to say
-    call = lambda: rf.interpolate(x1, t, **options)  # noqa: E731
+    call = lambda: rf.interpolate(x1, t, **options)
     expected = reference(call)
     for cell in NATIVE_CPU:
         compare(cell, cell.run("interpolate", call, launches=x1.numel() > 0), expected, dtype, path)
@@ -151,7 +152,8 @@ def test_named_paths_in_float64_against_their_formulas():
     formulas = {
         "linear": (t, r, torch.ones(100), -torch.ones(100)),
         "trigonometric": (
-            torch.sin(half_pi * t), torch.cos(half_pi * t), half_pi * torch.cos(half_pi * t), -half_pi * torch.sin(half_pi * t),
+            torch.sin(half_pi * t), torch.cos(half_pi * t),
+            half_pi * torch.cos(half_pi * t), -half_pi * torch.sin(half_pi * t),
         ),
         "vp": (a, torch.sqrt(1 - a**2), da, -a * da / torch.sqrt(1 - a**2)),
         "sub-vp": (a, 1 - a**2, da, -2 * a * da),
@@ -286,7 +288,7 @@ def test_gradients(path):
     x1, x0 = (normal(3, 5, dtype=F64, key=k).requires_grad_() for k in range(2))
     t = torch.tensor([0.1, 0.5, 0.8], dtype=F64)
     for time in (t, t[1], 0.3):
-        call = lambda a, b, time=time: rf.interpolate(a, time, x0=b, path=path)[:2]  # noqa: E731
+        call = lambda a, b, time=time: rf.interpolate(a, time, x0=b, path=path)[:2]
         torch.autograd.gradcheck(call, (x1, x0))
         torch.autograd.gradgradcheck(call, (x1, x0))
     torch.autograd.gradcheck(lambda a: rf.interpolate(a, t, seed=3, path=path)[:2], (x1,))

@@ -1,5 +1,6 @@
 """The counter-based generator: known answers, a golden file, one stream everywhere, and the distribution of the numbers."""
 
+# ruff: noqa: E731  (the closures run before the loop goes on)
 from __future__ import annotations
 
 import hashlib
@@ -36,14 +37,14 @@ def words(seed: int, offset: int, first: int, count: int) -> torch.Tensor:
     """(count, 4) output words of the counters first, first + 1, ... in the reference generator."""
     index = torch.arange(first, first + count)
     low, high = 0xFFFFFFFF, 32
-    fill = lambda value: torch.full_like(index, value)  # noqa: E731
+    fill = lambda value: torch.full_like(index, value)
     counter = (index & low, index >> high, fill(offset & low), fill(offset >> high))
     return torch.stack(philox4x32(counter, (fill(seed & low), fill(seed >> high))), 1)
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN)
 def test_known_answers_of_random123(counter, key, output):
-    as_tensors = lambda values: tuple(torch.tensor([v]) for v in values)  # noqa: E731
+    as_tensors = lambda values: tuple(torch.tensor([v]) for v in values)
     found = philox4x32(as_tensors(counter), as_tensors(key))
     assert tuple(int(w) for w in found) == output
     if _C is not None:
@@ -77,7 +78,7 @@ def test_golden_numbers(case):
         seed=key_of(case["seed"]),
         offset=key_of(case["offset"]),
         dtype=NAMES[case["dtype"]],
-    )  # noqa: E731
+    )
     for where, out in [
         ("reference", reference(call)),
         *((str(c), c.run("random", call)) for c in NATIVE_CPU),
@@ -113,7 +114,7 @@ def test_every_cell_draws_the_numbers_of_the_reference(cell: Cell, draw):
                 ]
                 call = lambda s=shape, k=there, d=dtype: draw(
                     s, seed=k[0], offset=k[1], device=cell.device, dtype=d
-                )  # noqa: E731
+                )
                 expected = reference(
                     lambda s=shape, a=seed, b=offset, d=dtype: draw(s, seed=a, offset=b, dtype=d)
                 )
@@ -125,7 +126,7 @@ def test_any_shape_and_key(data):
     shape, dtype = data.draw(shapes()), data.draw(st.sampled_from(DTYPES))
     seed, offset = data.draw(seeds(shape[0])), data.draw(seeds(shape[0]))
     for draw in (rf.randn, rf.rand):
-        call = lambda draw=draw: draw(shape, seed=seed, offset=offset, dtype=dtype)  # noqa: E731
+        call = lambda draw=draw: draw(shape, seed=seed, offset=offset, dtype=dtype)
         expected = reference(call)
         for cell in NATIVE_CPU:
             same_bits(cell.run("random", call, launches=expected.numel() > 0), expected, str(cell))
@@ -185,7 +186,8 @@ def test_normals_have_the_normal_distribution():
     assert stats.kstest(z, "norm").pvalue > 1e-3
     # Standard errors of mean, variance, skewness, kurtosis; five of each.
     for found, expected, error in (
-        (z.mean(), 0, 1), (z.var(), 1, math.sqrt(2)), (stats.skew(z), 0, math.sqrt(6)), (stats.kurtosis(z), 0, math.sqrt(24)),
+        (z.mean(), 0, 1), (z.var(), 1, math.sqrt(2)),
+        (stats.skew(z), 0, math.sqrt(6)), (stats.kurtosis(z), 0, math.sqrt(24)),
     ):  # fmt: skip
         assert abs(found - expected) < 5 * error / math.sqrt(n)
     for tail in (3.0, 4.0):

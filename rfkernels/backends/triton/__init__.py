@@ -59,12 +59,8 @@ def unavailable_reason(device_type: str) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
-    if interpreted():
-        return None
-    if device_type == "cpu":
-        return "on the CPU only Triton's interpreter runs; set TRITON_INTERPRET=1 before triton is imported"
-    if not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         return f"no CUDA device is visible to torch {torch.__version__}"
-    if _capability() < (8, 0):
-        return f"the Triton kernels need compute capability 8.0; this device has {'.'.join(map(str, _capability()))}"
+    if device_type == "cpu" and not interpreted():
+        return "on the CPU only Triton's interpreter runs; set TRITON_INTERPRET=1 before triton is imported"
     return None
