@@ -61,6 +61,10 @@ def unavailable_reason(device_type: str) -> str | None:
         return missing
     if device_type == "cuda" and not torch.cuda.is_available():
         return f"no CUDA device is visible to torch {torch.__version__}"
-    if device_type == "cpu" and not interpreted():
+    if interpreted():
+        return None
+    if device_type == "cpu":
         return "on the CPU only Triton's interpreter runs; set TRITON_INTERPRET=1 before triton is imported"
+    if _capability() < (8, 0):
+        return f"the Triton kernels need compute capability 8.0; this device has {'.'.join(map(str, _capability()))}"
     return None
