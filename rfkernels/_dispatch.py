@@ -71,7 +71,7 @@ def direct_allowed(*tensors: object) -> bool:
     return plain(*tensors) and not recorded(*tensors)
 
 
-def fast_step_allowed() -> bool:
+def fast_call_allowed() -> bool:
     """True when the native kernels may be called on plain CPU tensors without going through ``backend``."""
     return not (
         torch.compiler.is_compiling()

@@ -69,6 +69,19 @@ def fast_step(
     coefficients: tuple[_Scalar, ...],
     x_coefficient: _Scalar,
     out: Tensor,
+    cast: Tensor | None,
+    grad_enabled: bool,
+    /,
+) -> bool: ...
+def fast_interpolate(
+    x1: Tensor,
+    x0: Tensor | None,
+    t: _Scalar,
+    path: int,
+    seed: int | None,
+    offset: int,
+    xt: Tensor,
+    target: Tensor,
     grad_enabled: bool,
     /,
 ) -> bool: ...

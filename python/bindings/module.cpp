@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "fast_step.h"
+#include "fast_calls.h"
 #include "rfk/rfk.h"
 #include "views.h"
 
@@ -166,6 +166,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("flow_loss", &flow_loss);
   m.def("random", &random_fill);
   m.def("fast_step", &rfk_python::fast_step);
+  m.def("fast_interpolate", &rfk_python::fast_interpolate);
   m.def("flow_loss_workspace", &rfk_flow_loss_workspace, "Doubles of workspace that flow_loss needs.");
   m.def("philox4x32", &philox4x32, "The four words of one counter.");
   m.def("launch_counts", &launch_counts, "How often each launcher ran: {(op, isa or 'cuda'): count}.");

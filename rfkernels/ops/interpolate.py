@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from rfkernels import _dispatch, _registry
+from rfkernels.backends.native import KERNEL_PATHS as _KERNEL_PATHS
+from rfkernels.backends.native import fast_interpolate as _native_fast_interpolate
 from rfkernels.backends.reference import interpolate as reference
 from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops import _checks
@@ -79,6 +81,15 @@ def interpolate(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
     """
+    if (
+        not return_x0
+        and type(path) is str
+        and path in _KERNEL_PATHS
+        and _dispatch.fast_call_allowed()
+    ):
+        fast = _fast(x1, t, x0, _KERNEL_PATHS[path], seed, offset, out)
+        if fast is not None:
+            return fast
     name = "interpolate"
     _checks.tensor(name, "x1", x1)
     t = _checks.scalar(name, "t", t, x1)
@@ -125,6 +136,20 @@ def interpolate(
     if source is None:
         source = randn(x1.shape, seed=seed, offset=offset, device=x1.device)
     return Interpolant(xt, target, source.to(x1.dtype))
+
+
+def _fast(x1, t, x0, path, seed, offset, out) -> Interpolant | None:
+    """By the native kernels where every argument is plainly right, else None: the checks then say why."""
+    if out is None:
+        if type(x1) is not torch.Tensor:
+            return None
+        out = torch.empty_like(x1), torch.empty_like(x1)
+    elif type(out) is not tuple or len(out) != 2:
+        return None
+    grad = torch.is_grad_enabled()
+    if not _native_fast_interpolate(x1, x0, t, path, seed, offset, *out, grad):
+        return None
+    return Interpolant(*out)
 
 
 def _resolve(path, t, x1) -> str | tuple[torch.Tensor, ...]:

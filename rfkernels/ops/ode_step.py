@@ -56,11 +56,15 @@ def euler_step(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or strides that do not fit; the message says which.
     """
-    if cast is None and _dispatch.fast_step_allowed():
+    if _dispatch.fast_call_allowed():
         if v_uncond is None:
-            state = None if guidance_scale is not None else _fast(_EULER, x, (v,), (dt,), 1.0, out)
+            state = (
+                None
+                if guidance_scale is not None
+                else _fast(_EULER, x, (v,), (dt,), 1.0, out, cast)
+            )
         else:
-            state = _fast(_GUIDED_EULER, x, (v, v_uncond), (dt, guidance_scale), 1.0, out)
+            state = _fast(_GUIDED_EULER, x, (v, v_uncond), (dt, guidance_scale), 1.0, out, cast)
         if state is not None:
             return state
     _checks.tensor("euler_step", "x", x)
@@ -126,8 +130,8 @@ def taylor_step(
     Raises:
         TypeError, ValueError: as ``euler_step``; also for more than three derivatives or none.
     """
-    if cast is None and type(derivatives) is tuple and _dispatch.fast_step_allowed():
-        state = _fast(_TAYLOR, x, derivatives, (dt,), 1.0, out)
+    if type(derivatives) is tuple and _dispatch.fast_call_allowed():
+        state = _fast(_TAYLOR, x, derivatives, (dt,), 1.0, out, cast)
         if state is not None:
             return state
     _checks.tensor("taylor_step", "x", x)
@@ -192,14 +196,13 @@ def linear_step(
     """
     name = "linear_step"
     if (
-        cast is None
-        and noise_scale is None
+        noise_scale is None
         and seed is None
         and type(tensors) is tuple
         and type(coefficients) is tuple
-        and _dispatch.fast_step_allowed()
+        and _dispatch.fast_call_allowed()
     ):
-        state = _fast(_LINEAR, x, tensors, coefficients, x_coefficient, out)
+        state = _fast(_LINEAR, x, tensors, coefficients, x_coefficient, out, cast)
         if state is not None:
             return state
     _checks.tensor(name, "x", x)
@@ -246,16 +249,21 @@ def linear_step(
     return _run(name, x, tensors, scalars, out, cast, direct, composite, registered)
 
 
-def _fast(form, x, tensors, coefficients, x_coefficient, out) -> torch.Tensor | None:
+def _fast(form, x, tensors, coefficients, x_coefficient, out, cast):
     """The step by the native kernels where every argument is plainly right, else None: the checks then say why."""
     if out is None:
         if type(x) is not torch.Tensor:
             return None
         out = torch.empty_like(x)
+    copy = cast
+    if cast is not None and not isinstance(cast, torch.Tensor):
+        if type(x) is not torch.Tensor or cast not in _checks.FLOATS:
+            return None
+        copy = torch.empty_like(x, dtype=cast)
     grad = torch.is_grad_enabled()
-    return (
-        out if _native_fast_step(form, x, tensors, coefficients, x_coefficient, out, grad) else None
-    )
+    if not _native_fast_step(form, x, tensors, coefficients, x_coefficient, out, copy, grad):
+        return None
+    return out if cast is None else (out, copy)
 
 
 def _registered_linear(x, tensors, x_coefficient, coefficients, noise):

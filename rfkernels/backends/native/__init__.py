@@ -12,6 +12,7 @@ except ImportError as error:  # a checkout that was never built, or a broken ins
     _C = None
     _import_error = str(error)
 
+KERNEL_PATHS = {"linear": 0, "trigonometric": 1, "vp": 2, "sub-vp": 3}  # rfk_path
 ISA_LEVELS = ("baseline", "avx2", "avx512", "amx")
 _max_isa = os.environ.get("RFK_MAX_ISA")
 if _max_isa and _max_isa not in ISA_LEVELS:
@@ -21,11 +22,12 @@ if _max_isa and _max_isa not in ISA_LEVELS:
 
 
 def _never(*_: object) -> bool:
-    """Stands in for the fast step where there is no extension."""
+    """Stands in for the fast calls where there is no extension."""
     return False
 
 
 fast_step = _never if _C is None else _C.fast_step
+fast_interpolate = _never if _C is None else _C.fast_interpolate
 
 
 def unavailable_reason(device_type: str) -> str | None:
