@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "fast_calls.h"
 #include "rfk/rfk.h"
@@ -117,9 +118,16 @@ void flow_loss(py::object prediction, py::object target, py::object x0, py::obje
   const rfk_scalar factor = call.scalar(weight, "weight");
   const bool weighted = !weight.is_none();
   const rfk_noise noise = noise_unless(call, vt != nullptr ? vt : v0, seed, offset);
+  std::vector<double> own;  // on the CPU; device memory is the caller's
+  double* sums = reinterpret_cast<double*>(workspace);
+  if (sums == nullptr && vp != nullptr && vp->ndim > 0 && call.device().type == RFK_CPU) {
+    int64_t elements = 1;
+    for (int32_t d = 1; d < vp->ndim; ++d) elements *= vp->shape[d];
+    own.resize(static_cast<size_t>(rfk_flow_loss_workspace(vp->shape[0], elements)));
+    sums = own.data();
+  }
   call.run([&](const rfk_device& device) {
-    return rfk_flow_loss(&device, vp, vt, v0, v1, &noise, weighted ? &factor : nullptr, kind, c, grad_scale, vl, vg,
-                         reinterpret_cast<double*>(workspace));
+    return rfk_flow_loss(&device, vp, vt, v0, v1, &noise, weighted ? &factor : nullptr, kind, c, grad_scale, vl, vg, sums);
   });
 }
 

@@ -14,10 +14,12 @@ _KINDS = {"mse": 0, "pseudo_huber": 1, "pseudo_huber_elementwise": 2}  # rfk_los
 def flow_loss(
     prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, losses, grad
 ) -> None:
-    """See ``rfkernels.ops.flow_loss``; the partial sums live in a workspace of one double per 4096 elements."""
-    size = _C.flow_loss_workspace(prediction.shape[0], math.prod(prediction.shape[1:]))
-    workspace = torch.empty(size, dtype=torch.float64, device=prediction.device)
+    """See ``rfkernels.ops.flow_loss``; on CUDA the partial sums need a double per 4096 elements from torch."""
+    place, workspace = 0, None
+    if not prediction.is_cpu:
+        size = _C.flow_loss_workspace(prediction.shape[0], math.prod(prediction.shape[1:]))
+        workspace = torch.empty(size, dtype=torch.float64, device=prediction.device)
+        place = workspace.data_ptr()
     _C.flow_loss(
-        prediction, target, x0, x1, seed, offset, weight, _KINDS[kind], huber_c, grad_scale, losses, grad,
-        workspace.data_ptr(),
+        prediction, target, x0, x1, seed, offset, weight, _KINDS[kind], huber_c, grad_scale, losses, grad, place
     )  # fmt: skip
