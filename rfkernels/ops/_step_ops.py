@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from rfkernels import _dispatch, _registry
+from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops._scalars import Scalar, join, split
 
 
@@ -36,12 +37,15 @@ class _Euler(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, v, v_uncond, dt, dt_tensor, guidance, guidance_tensor = inputs
         ctx.dtypes = (x.dtype, v.dtype, None if v_uncond is None else v_uncond.dtype)
+        ctx.compute = compute_dtype(x)
         ctx.numbers = dt, guidance
         ctx.save_for_backward(dt_tensor, guidance_tensor)
 
     @staticmethod
     def backward(ctx, grad):
-        dt, g = map(join, ctx.numbers, ctx.saved_tensors)
+        # In the compute type before they are multiplied, as in the forward.
+        tensors = (None if t is None else t.to(ctx.compute) for t in ctx.saved_tensors)
+        dt, g = map(join, ctx.numbers, tensors)
         x_dtype, v_dtype, u_dtype = ctx.dtypes
         v_factor, u_factor = (dt, None) if u_dtype is None else (dt * g, dt - dt * g)
         need_x, need_v, need_u, *_ = ctx.needs_input_grad

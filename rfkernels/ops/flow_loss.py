@@ -111,7 +111,7 @@ def flow_loss(
         return _EagerFlowLoss.apply(
             prediction, target, x0, x1, weight, seed, offset, kind, huber_c, reduction
         )
-    losses, _ = _run(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, 1.0, False)
+    losses, _ = _run(prediction, target, x0, x1, seed, offset, weight, 1.0, kind, huber_c, False)
     return _reduce(losses, weight, reduction)
 
 
@@ -142,7 +142,7 @@ def _constant(kind: str, huber_c: float, prediction: torch.Tensor) -> float:
     return 0.00054 * max(_checks.elements_per_sample(prediction), 1)
 
 
-def _run(prediction, target, x0, x1, seed, offset, weight, kind, huber_c, grad_scale, with_grad):
+def _run(prediction, target, x0, x1, seed, offset, weight, grad_scale, kind, huber_c, with_grad):
     """(losses (B,), gradient or None) from the backend; the gradient carries weight and grad_scale."""
     losses = torch.empty(
         prediction.shape[:1], dtype=compute_dtype(prediction), device=prediction.device
@@ -164,8 +164,8 @@ def _loss_kernel(
         if x1 is not None and x0 is None
         else (None, None)
     )
-    scale = _scale(prediction.shape[0], reduction)
-    losses, grad = _run(prediction, target, x0, x1, *keys, weight, kind, huber_c, scale, with_grad)
+    inside = _inside(prediction, weight, reduction)
+    losses, grad = _run(prediction, target, x0, x1, *keys, *inside, kind, huber_c, with_grad)
     value = _reduce(losses, weight, reduction)
     if value is losses:
         value = losses.clone()  # results of a registered op may not share memory
@@ -199,21 +199,40 @@ def _scale(batch: int, reduction: str) -> float:
     return 1.0 / max(batch, 1) if reduction == "mean" else 1.0
 
 
+def _inside(prediction, weight, reduction) -> tuple[torch.Tensor | None, float]:
+    """(weight, scale) of the gradient that the forward makes.
+
+    A float16 gradient is kept at the size of the residual, and the backward puts weight and scale on it: 2 / (B d) of a
+    residual is below what float16 holds, and a loss scale that comes with the backward would come too late.
+    """
+    if prediction.dtype == torch.float16:
+        return None, 0.5 * _checks.elements_per_sample(prediction)
+    return weight, _scale(prediction.shape[0], reduction)
+
+
 def _remember(ctx, prediction, target, x0, x1, weight, reduction, losses, grad) -> None:
     """Keep for the backward what ``_backward`` needs."""
     ctx.dtypes = [None if t is None else t.dtype for t in (prediction, target, x0, x1)]
     ctx.weight_dtype = None if weight is None else weight.dtype
     ctx.scale = _scale(prediction.shape[0], reduction)
-    ctx.save_for_backward(grad, losses)
+    half = prediction.dtype == torch.float16
+    # What _inside left out.
+    ctx.rest = 2.0 * ctx.scale / max(_checks.elements_per_sample(prediction), 1) if half else 1.0
+    ctx.save_for_backward(grad, losses, weight if half else None)
 
 
 def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
     """Gradients for (prediction, target, x0, x1, weight) where wanted: the forward's gradient, scaled."""
     with torch.no_grad():
-        grad, losses = ctx.saved_tensors
+        grad, losses, weight = ctx.saved_tensors
+        half = grad.dtype == torch.float16
+        factor = grad_value * ctx.rest if half else grad_value
+        if weight is not None:
+            factor = factor * weight.to(factor.dtype)
         # The usual loss.backward() hands in 1, and on the CPU it costs nothing to see that.
         unit = (
-            grad_value.is_cpu
+            not half
+            and grad_value.is_cpu
             and grad_value.ndim == 0
             and _dispatch.plain(grad_value)
             and grad_value.item() == 1.0
@@ -226,7 +245,9 @@ def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
             elif unit and sign == 1.0:
                 grads.append(grad.to(dtype))
             else:
-                grads.append(linear_step(grad, (), (), x_coefficient=grad_value * sign).to(dtype))
+                # A wider gradient is not rounded to the narrow type on its way.
+                wide = grad.to(dtype) if dtype.itemsize > grad.dtype.itemsize else grad
+                grads.append(linear_step(wide, (), (), x_coefficient=factor * sign).to(dtype))
         weighted = wanted[4]
         grads.append((losses * grad_value * ctx.scale).to(ctx.weight_dtype) if weighted else None)
     if torch.is_grad_enabled():  # create_graph=True
@@ -241,10 +262,8 @@ class _EagerFlowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction, target, x0, x1, weight, seed, offset, kind, huber_c, reduction):
-        scale = _scale(prediction.shape[0], reduction)
-        losses, grad = _run(
-            prediction, target, x0, x1, seed, offset, weight, kind, huber_c, scale, True
-        )
+        inside = _inside(prediction, weight, reduction)
+        losses, grad = _run(prediction, target, x0, x1, seed, offset, *inside, kind, huber_c, True)
         _remember(ctx, prediction, target, x0, x1, weight, reduction, losses, grad)
         value = _reduce(losses, weight, reduction)
         return value.clone() if value is losses else value
