@@ -34,6 +34,7 @@ _modules: dict[tuple[str, str], ModuleType] = {}
 _functorch_level = torch._C._functorch.maybe_current_level
 _mode_depth = torch._C._len_torch_dispatch_stack
 _function_mode_depth = torch._C._len_torch_function_stack
+_tracing = torch._C._is_tracing
 _increment_version = torch._C._increment_version
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -45,8 +46,8 @@ def transforms_active() -> bool:
 
 def plain(*tensors: object) -> bool:
     """True when no mode, subclass or lazy bit of the given tensors (or None, floats, ints) matters to the call."""
-    # is_compiling first: Dynamo cannot trace the other two.
-    if torch.compiler.is_compiling() or _mode_depth() or _function_mode_depth():
+    # is_compiling first: Dynamo cannot trace the others. jit.trace would not see a kernel that is called directly.
+    if torch.compiler.is_compiling() or _mode_depth() or _function_mode_depth() or _tracing():
         return False
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and (
@@ -77,6 +78,7 @@ def fast_call_allowed() -> bool:
         torch.compiler.is_compiling()
         or _mode_depth()
         or _function_mode_depth()
+        or _tracing()
         or _functorch_level() is not None
         or forward_ad._current_level >= 0
         or _forced.get() not in (None, "native")

@@ -101,7 +101,8 @@ def _draw(name, distribution, sizes, seed, offset, device, dtype) -> torch.Tenso
                 )
             if value.device.type != device.type:
                 raise ValueError(f"{name}: {argument} must be on {device}; got {value.device}")
-    if _dispatch.transforms_active():
+    # jit.trace knows no op with a device argument; plain torch code it records.
+    if _dispatch.transforms_active() or torch.jit.is_tracing():
         if distribution == "normal":
             return reference.normal(shape, seed, offset, device).to(dtype)
         return reference.uniform(shape, seed, offset, device, dtype)
