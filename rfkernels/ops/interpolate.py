@@ -212,29 +212,34 @@ class _Interpolate(torch.autograd.Function):
         x1, x0, t, t_tensor, path, count, *args = inputs
         ctx.t, ctx.path, ctx.rest = t, path, len(args)
         ctx.compute = compute_dtype(x1)
+        # An output that nothing used sends None, not zeros: at t = 1 zero times the infinite slope of vp is no number.
+        ctx.set_materialize_grads(False)
         ctx.dtypes = (x1.dtype, None if x0 is None else x0.dtype)
         ctx.save_for_backward(t_tensor, *args[:count])
 
     @staticmethod
     def backward(ctx, grad_xt, grad_target):
         t_tensor, *custom = ctx.saved_tensors
+        arrived = [i for i, g in enumerate((grad_xt, grad_target)) if g is not None]
+        if not arrived:
+            return (None,) * (6 + ctx.rest)
+        first, *others = ((grad_xt, grad_target)[i] for i in arrived)
         if ctx.path != "custom":
-            t = torch.as_tensor(join(ctx.t, t_tensor), dtype=ctx.compute, device=grad_xt.device)
+            t = torch.as_tensor(join(ctx.t, t_tensor), dtype=ctx.compute, device=first.device)
             custom = reference.path_coefficients(ctx.path, t)
         alpha, sigma, dalpha, dsigma = custom
         grads = []
         pairs = ((alpha, dalpha), (sigma, dsigma))
-        for need, dtype, (point, direction) in zip(
-            ctx.needs_input_grad[:2], ctx.dtypes, pairs, strict=True
-        ):
+        for need, dtype, pair in zip(ctx.needs_input_grad[:2], ctx.dtypes, pairs, strict=True):
             if need:
+                factor, *factors = (pair[i] for i in arrived)
                 args = (
-                    grad_xt,
-                    [grad_target],
+                    first,
+                    others,
                     0.0,
-                    point,
-                    [0.0],
-                    [direction],
+                    factor,
+                    [0.0] * len(others),
+                    factors,
                     0.0,
                     None,
                     0,
