@@ -4,6 +4,8 @@
 // is not plainly right, so that errors and rare cases have one place: the public function. Under 1 us above the kernel.
 #include "fast_calls.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <cstring>
 #include <initializer_list>
 
@@ -20,14 +22,15 @@ struct Names {
 };
 
 const Names& names() {
-  static const Names cached = [] {
+  // Not a plain static: the import may let go of the GIL to a thread that would then wait for it inside the static.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> cached;
+  return cached.call_once_and_store_result([] {
     Names n;
     const py::module_ torch = py::module_::import("torch");
     n.tensor_type = py::object(torch.attr("Tensor")).release().ptr();
     n.increment_version = py::object(torch.attr("_C").attr("_increment_version")).release().ptr();
     return n;
-  }();
-  return cached;
+  }).get_stored();
 }
 
 bool is_true(PyObject* value) {
@@ -65,8 +68,10 @@ bool plain(py::handle object, const dlpack::ExchangeApi* api, bool grad_enabled,
   return true;
 }
 
+int64_t item_bytes(int32_t dtype) { return dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : 2; }
+
 int64_t bytes(const rfk_tensor& t) {
-  int64_t n = t.dtype == RFK_FLOAT64 ? 8 : t.dtype == RFK_FLOAT32 ? 4 : 2;
+  int64_t n = item_bytes(t.dtype);
   for (int32_t d = 0; d < t.ndim; ++d) n *= t.shape[d];
   return n;
 }
@@ -86,10 +91,12 @@ bool separate_or_same(const rfk_tensor& out, const rfk_tensor& in) {
   return out.data == in.data ? out.dtype == in.dtype : separate(out, in);
 }
 
-// Whether the memory of a dense tensor begins at or before the place and ends behind it.
-bool meets(const rfk_tensor& t, const void* place) {
-  const char *begin = static_cast<const char*>(t.data), *at = static_cast<const char*>(place);
-  return at >= begin && at < begin + bytes(t);
+// Whether the memory of a dense tensor meets the range from the scalar's first to its last value.
+bool meets(const rfk_tensor& t, const rfk_scalar& scalar) {
+  if (scalar.data == nullptr) return false;
+  const int64_t last = t.ndim > 0 ? (t.shape[0] - 1) * scalar.stride : 0;
+  const char *begin = static_cast<const char*>(t.data), *from = static_cast<const char*>(scalar.data);
+  return from < begin + bytes(t) && begin < from + (last + 1) * item_bytes(scalar.dtype);
 }
 
 enum Form { kLinear = 0, kEuler = 1, kGuidedEuler = 2, kTaylor = 3 };  // as rfkernels.ops.ode_step passes them
@@ -112,6 +119,7 @@ bool plain_scalar(py::handle object, const dlpack::ExchangeApi* api, bool grad_e
 // Runs the launch, with the GIL released where it is long, and tells autograd which tensors were written.
 template <class Launch>
 bool launched(const rfk_tensor& size, std::initializer_list<py::handle> outputs, const Launch& launch) {
+  match_torch_threads();
   rfk_status status;
   if (bytes(size) > 32768 * 4) {
     py::gil_scoped_release release;
@@ -163,8 +171,7 @@ bool fast_step(int form, py::handle x, py::tuple tensors, py::tuple coefficients
   rfk_scalar scalars[RFK_MAX_TERMS], c0;
   const auto scalar = [&](py::handle object, rfk_scalar* value) {
     return plain_scalar(object, api, grad_enabled, view_out, value) &&
-           !(value->data != nullptr && casting && meets(view_cast, value->data)) &&
-           !(value->data != nullptr && meets(view_out, value->data));
+           !meets(view_out, *value) && !(casting && meets(view_cast, *value));
   };
   if (!scalar(x_coefficient, &c0)) return false;
   for (size_t k = 0; k < coefficients.size(); ++k) {
@@ -199,7 +206,7 @@ bool fast_interpolate(py::handle x1, py::handle x0, py::handle t, int path, py::
   if (!output(xt, &point) || !output(target, &direction) || !separate(point, direction)) return false;
   rfk_scalar time;
   if (!plain_scalar(t, api, grad_enabled, data, &time)) return false;
-  if (time.data != nullptr && (meets(point, time.data) || meets(direction, time.data))) return false;
+  if (meets(point, time) || meets(direction, time)) return false;
   rfk_noise noise{};
   const bool given = !x0.is_none();
   if (given) {

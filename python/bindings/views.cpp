@@ -1,14 +1,15 @@
 // views.cpp: see views.h.
 #include "views.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace rfk_python {
 namespace {
 
-struct ExchangeState {
-  bool looked_up = false, enabled = true;
-  const dlpack::ExchangeApi* api = nullptr;
+struct ExchangeState {  // atomic: the extension runs without a GIL too
+  std::atomic<bool> looked_up{false}, enabled{true};
+  std::atomic<const dlpack::ExchangeApi*> api{nullptr};
 };
 
 ExchangeState& exchange_state() {
@@ -76,7 +77,14 @@ const dlpack::ExchangeApi* exchange_api() {
     state.api = find_exchange_api();
     state.looked_up = true;
   }
-  return state.enabled ? state.api : nullptr;
+  return state.enabled ? state.api.load() : nullptr;
+}
+
+void match_torch_threads() {
+  thread_local bool matched = false;
+  if (matched) return;
+  matched = true;
+  py::module_::import("torch").attr("get_num_threads")();
 }
 
 bool exchange_api_in_use() { return exchange_api() != nullptr; }

@@ -18,6 +18,10 @@ void use_exchange_api(bool enabled);
 bool exchange_api_in_use();
 const dlpack::ExchangeApi* exchange_api();
 
+// Gives the calling thread torch's thread count: OpenMP keeps one per thread, and torch sets it at a thread's first
+// parallel call.
+void match_torch_threads();
+
 // Fills a borrowed DLTensor; the attribute route keeps its shape and strides in `sizes`.
 struct Borrowed {
   dlpack::Tensor tensor;
@@ -42,6 +46,7 @@ class Call {
   template <class Launch>
   void run(const Launch& launch) {
     const rfk_device& where = device();
+    match_torch_threads();
     rfk_status status;
     if (elements_ > 32768) {
       py::gil_scoped_release release;

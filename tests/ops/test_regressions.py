@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -38,3 +40,61 @@ def test_guided_gradient_multiplies_step_and_scale_in_the_compute_type():
     expected = (dt.float() * g.float()).reshape(2, 1).expand(2, 3)
     assert torch.equal(v.grad, expected)
     torch.testing.assert_close(u.grad, dt.float().reshape(2, 1).expand(2, 3) - expected)
+
+
+@pytest.mark.parametrize("place", ["x", "out", "before out"])
+def test_step_sizes_in_the_memory_of_the_output(place):
+    """The values of dt were read after the step had written over them."""
+    n = 3000
+    memory = torch.ones(1 + 4 * n)
+    x, v, out = torch.ones(4, n), torch.ones(4, n), memory[1:].view(4, n)
+    dt = out[:, 5] if place == "out" else torch.as_strided(memory, (4,), (n,))
+    if place == "x":
+        out, dt = x, x[:, 5]
+    expected = x + dt.clone()[:, None] * v
+    assert torch.equal(rf.euler_step(x, v, dt, out=out), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks compare shapes
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: rf.euler_step(x, x, 0.5),
+        lambda x: rf.interpolate(x, 0.5, seed=1).xt,
+        lambda x: rf.flow_loss(x, x * 0),
+        lambda x: x + rf.randn(2, 3, seed=1),
+    ],
+    ids=["euler_step", "interpolate", "flow_loss", "randn"],
+)
+def test_jit_trace_records_the_kernels(function):
+    """A traced graph held memory that no kernel of it wrote."""
+    traced = torch.jit.trace(function, (torch.zeros(2, 3),))
+    x = torch.full((2, 3), 10.0)
+    assert torch.equal(traced(x), function(x))
+
+
+def test_new_python_thread_takes_torchs_thread_count(threads):
+    """OpenMP keeps a count per thread; a new one had that of the machine until torch ran in parallel there."""
+    native = pytest.importorskip("rfkernels._C")
+    if not native.has_openmp():
+        pytest.skip("built without OpenMP")
+    threads(1)
+    seen = []
+
+    def work():
+        rf.euler_step(torch.ones(2), torch.ones(2), 1.0)
+        seen.append(native.max_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [1]
+
+
+def test_vp_gradient_at_the_data_end_when_only_xt_is_used():
+    """The unused target sent zeros, and its infinite slope made them NaN."""
+    x1, x0 = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    rf.interpolate(x1, 1.0, x0=x0, path="vp").xt.sum().backward()
+    assert torch.equal(x0.grad, torch.zeros(2, 3))
+    assert torch.equal(x1.grad, torch.ones(2, 3))
