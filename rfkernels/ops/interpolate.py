@@ -122,7 +122,7 @@ def interpolate(
         )
         source = x0
     else:
-        in_place = out is not None and not _checks.needs_staging(out, inputs[:-2])
+        in_place = out is not None and not _checks.needs_staging(out, inputs)
         xt, target = out if in_place else (torch.empty_like(x1), torch.empty_like(x1))
         source = torch.empty_like(x1) if return_x0 else None
         _dispatch.backend(name, x1).interpolate(x1, x0, t, path, seed, offset, xt, target, source)

@@ -283,6 +283,18 @@ def test_out_that_holds_the_returned_source_or_overlaps():
     same_bits(data[7:].view(3, 500), expected.xt)
 
 
+def test_times_and_seeds_inside_the_output_are_read_before_it_is_written():
+    x1, seeds_ = normal(3, 2000), torch.tensor([5, 6, 2**40])
+    expected = reference(lambda: rf.interpolate(x1, x1[:, 1999], seed=seeds_))
+    storage = torch.zeros(3 * 2000 * 4, dtype=torch.uint8)
+    inside = storage.view(torch.int64)[4:7]
+    inside.copy_(seeds_)
+    out = storage.view(F32).view(3, 2000), x1
+    found = rf.interpolate(x1, x1[:, 1999], seed=inside, out=out)
+    same_bits(found.xt, expected.xt)
+    same_bits(found.target, expected.target)
+
+
 @pytest.mark.parametrize("path", [*PATHS, Cubic()], ids=[*PATHS, "custom"])
 def test_gradients(path):
     x1, x0 = (normal(3, 5, dtype=F64, key=k).requires_grad_() for k in range(2))

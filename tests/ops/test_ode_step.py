@@ -1,5 +1,6 @@
 """Steps on every backend and instruction set level: bit-equal to the reference, near the float64 truth, and algebra."""
 
+# ruff: noqa: B023  (the closures run before the loop goes on)
 from __future__ import annotations
 
 import pytest
@@ -208,6 +209,10 @@ def test_scalars_inside_the_output_are_read_before_it_is_written():
     expected = reference(lambda: rf.linear_step(memory, [memory], [memory[:, 0]]))
     rf.linear_step(memory, [memory], [memory[:, 0]], out=memory)
     same_bits(memory, expected)
+    one = normal(3, 2000)
+    expected = reference(lambda: rf.euler_step(one, one, one[1, 500]))
+    rf.euler_step(one, one, one[1, 500], out=one)
+    same_bits(one, expected)
 
 
 @pytest.mark.parametrize("cast", DTYPES, ids=str)
@@ -223,6 +228,19 @@ def test_cast_is_a_copy_of_the_stored_state(dtype, cast):
         )
         assert copy is given
         same_bits(copy, state.to(cast))
+
+
+def test_cast_may_be_a_term_or_the_output():
+    x, v = normal(3, 1100), normal(3, 1100, key=1)
+    expected = reference(lambda: rf.euler_step(x, v, 0.5))
+    for cell in NATIVE_CPU:
+        copy = v.clone()
+        state, given = cell.run("ode_step", lambda: rf.euler_step(x, copy, 0.5, cast=copy))
+        same_bits(state, expected)
+        same_bits(given, expected)
+        out = torch.empty_like(x)
+        cell.run("ode_step", lambda: rf.euler_step(x, v, 0.5, out=out, cast=out))
+        same_bits(out, expected)
 
 
 @pytest.mark.parametrize("kind", SCALAR_KINDS)
