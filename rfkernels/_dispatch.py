@@ -62,9 +62,11 @@ def plain(*tensors: object) -> bool:
 
 def recorded(*tensors: object) -> bool:
     """True when autograd is to record the call."""
-    return torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
 def direct_allowed(*tensors: object) -> bool:

@@ -116,6 +116,8 @@ def flow_loss(
 
 
 def _check_sources(target, x0, x1, seed) -> None:
+    if target is not None and x0 is None and x1 is None and seed is None:
+        return
     given = ", ".join(
         n for n, v in (("target", target), ("x0", x0), ("x1", x1), ("seed", seed)) if v is not None
     )
@@ -130,7 +132,9 @@ def _reduce(losses: torch.Tensor, weight: torch.Tensor | None, reduction: str) -
         losses = losses * weight.to(losses.dtype)
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / losses.shape[0]
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weight is None else losses.sum() / losses.shape[0]
 
 
 def _constant(kind: str, huber_c: float, prediction: torch.Tensor) -> float:
@@ -223,20 +227,22 @@ def _remember(ctx, prediction, target, x0, x1, weight, reduction, losses, grad) 
 
 def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
     """Gradients for (prediction, target, x0, x1, weight) where wanted: the forward's gradient, scaled."""
+    grad, losses, weight = ctx.saved_tensors
+    half = grad.dtype == torch.float16
+    # The usual loss.backward() hands in 1, and on the CPU it costs nothing to see that.
+    unit = (
+        not half
+        and grad_value.is_cpu
+        and grad_value.ndim == 0
+        and _dispatch.plain(grad_value)
+        and grad_value.item() == 1.0
+    )
+    if unit and wanted[0] and not any(wanted[1:]) and not torch.is_grad_enabled():
+        return [grad, None, None, None, None]
     with torch.no_grad():
-        grad, losses, weight = ctx.saved_tensors
-        half = grad.dtype == torch.float16
         factor = grad_value * ctx.rest if half else grad_value
         if weight is not None:
             factor = factor * weight.to(factor.dtype)
-        # The usual loss.backward() hands in 1, and on the CPU it costs nothing to see that.
-        unit = (
-            not half
-            and grad_value.is_cpu
-            and grad_value.ndim == 0
-            and _dispatch.plain(grad_value)
-            and grad_value.item() == 1.0
-        )
         grads: list[torch.Tensor | None] = []
         # d r / d(prediction, target, x0, x1) with r = prediction - target, target = x1 - x0
         for dtype, sign, want in zip(ctx.dtypes, (1.0, -1.0, 1.0, -1.0), wanted[:4], strict=True):
