@@ -109,6 +109,8 @@ def interpolate(
             )
         for i, o in enumerate(out):
             _checks.output(name, f"out[{i}]", o, x1, x1.dtype)
+        if out[0] is out[1]:
+            raise ValueError(f"{name}: out must be two tensors; got one of them twice")
 
     scalars = (t, *(path if isinstance(path, tuple) else ()))
     inputs = (x1, x0, *scalars, seed, offset)
