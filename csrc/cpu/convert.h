@@ -36,11 +36,12 @@ inline uint16_t bfloat16_from_float(float value) {
 }
 
 inline float float_from_float16(uint16_t half) {
-  // Shift the exponent and mantissa into place and let one multiplication rebias, which also normalises subnormals.
   const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const float scaled = float_from_bits(magnitude) * 0x1p112f;
   const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their mantissa
-  const uint32_t bits = magnitude >= 0x0f800000u ? special : bits_from_float(scaled);
+  // Subnormals come from an integer: as bits they would be float subnormals too, which a thread may flush to zero.
+  const uint32_t subnormal = bits_from_float(static_cast<float>(static_cast<int32_t>(half & 0x7fffu)) * 0x1p-24f);
+  const uint32_t finite = magnitude < 0x00800000u ? subnormal : magnitude + 0x38000000u;
+  const uint32_t bits = magnitude >= 0x0f800000u ? special : finite;
   return float_from_bits(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
 }
 

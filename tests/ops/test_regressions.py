@@ -98,3 +98,26 @@ def test_vp_gradient_at_the_data_end_when_only_xt_is_used():
     rf.interpolate(x1, 1.0, x0=x0, path="vp").xt.sum().backward()
     assert torch.equal(x0.grad, torch.zeros(2, 3))
     assert torch.equal(x1.grad, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_float16_subnormals_where_float_subnormals_are_flushed(level):
+    """Elements past the last vector of eight, and all of them without F16C, came out as zero."""
+    native = pytest.importorskip("rfkernels._C")
+    x = (torch.arange(1, 28) * 2.0**-24).half()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush subnormals")
+    try:
+        native.cap_isa(level)
+        scaled = rf.linear_step(x, (), (), x_coefficient=2.0**14)
+    finally:
+        native.cap_isa("amx")
+        torch.set_flush_denormal(False)
+    assert torch.equal(scaled, (torch.arange(1, 28) * 2.0**-10).half())
+
+
+def test_interpolate_refuses_one_tensor_for_both_outputs():
+    """The target overwrote x_t without a word."""
+    x1, out = torch.randn(2, 3), torch.empty(2, 3)
+    with pytest.raises(ValueError, match=r"interpolate: out must be two tensors"):
+        rf.interpolate(x1, 0.5, seed=0, out=(out, out))
