@@ -257,6 +257,7 @@ class Trainer:
         """Loads the newest whole checkpoint of the run; returns its step, None without one."""
         if self.run is None or not self.run.resumed:
             return None
+        checkpoints.clear_leftovers(self.run.checkpoints)
         found = checkpoints.latest(self.run.checkpoints)
         if found is None:
             return None

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,16 @@ def tool(*command: str) -> str:
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in an interpreter of its own that imports the same package."""
+    """Runs code in an interpreter of its own that imports the same package, whatever folder the tests run from."""
     path = os.pathsep.join(p for p in sys.path if p and "tests" not in Path(p).parts)
     variables = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=variables,
+        check=False,
+        cwd=tempfile.gettempdir(),
     )
 
 
@@ -214,7 +220,7 @@ def test_an_unavailable_backend_gives_its_reason():
 def test_doctor_prints_the_table():
     run = subprocess.run(
         [sys.executable, "-m", "rfkernels", "doctor", "--json"], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        cwd=tempfile.gettempdir(), env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip
     report = json.loads(run.stdout)
     assert [r["op"] for r in report["backends"]] == [r["op"] for r in rf.backend_table()]
