@@ -507,7 +507,8 @@ void loss_call(Dice& dice, const Dtypes& types, const std::string& name) {
       },
       [&](const std::string& which) {
         for (int64_t b = 0; b < samples; ++b) {
-          const double count = static_cast<double>(std::max<int64_t>(d, 1)), sum = sums[static_cast<size_t>(b)];
+          // A sample without elements has the mean over nothing, NaN.
+          const double count = static_cast<double>(d), sum = sums[static_cast<size_t>(b)];
           const double want = kind == RFK_LOSS_PSEUDO_HUBER ? (std::sqrt(sum + c * c) - c) / count : sum / count;
           const double got = losses.get(b);
           // Sixteen rounded squares and as many sums a thread, and one rounding of the result.
@@ -516,7 +517,7 @@ void loss_call(Dice& dice, const Dtypes& types, const std::string& name) {
             fail(which + ": loss " + std::to_string(b) + " is " + std::to_string(got) + ", expected " +
                  std::to_string(want));
           }
-          if (std::isnan(got) != (b == poisoned)) fail(which + ": NaN outside its sample");
+          if (std::isnan(got) != (d == 0 || b == poisoned)) fail(which + ": NaN outside its sample");
         }
         if (!with_grad) return;
         if (kind != RFK_LOSS_PSEUDO_HUBER) return compare(which, "grad", grad, gradient);
