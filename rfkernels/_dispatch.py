@@ -31,6 +31,7 @@ _forced: ContextVar[str | None] = ContextVar("rfkernels_backend", default=None)
 _modules: dict[tuple[str, str], ModuleType] = {}
 
 # Not peek_interpreter_stack: Dynamo hands that out as an object that is never None.
+_is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.maybe_current_level
 _mode_depth = torch._C._len_torch_dispatch_stack
 _function_mode_depth = torch._C._len_torch_function_stack
@@ -47,7 +48,7 @@ def transforms_active() -> bool:
 def plain(*tensors: object) -> bool:
     """True when no mode, subclass or lazy bit of the given tensors (or None, floats, ints) matters to the call."""
     # is_compiling first: Dynamo cannot trace the others. jit.trace would not see a kernel that is called directly.
-    if torch.compiler.is_compiling() or _mode_depth() or _function_mode_depth() or _tracing():
+    if _is_compiling() or _mode_depth() or _function_mode_depth() or _tracing():
         return False
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and (
@@ -77,7 +78,7 @@ def direct_allowed(*tensors: object) -> bool:
 def fast_call_allowed() -> bool:
     """True when the native kernels may be called on plain CPU tensors without going through ``backend``."""
     return not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _mode_depth()
         or _function_mode_depth()
         or _tracing()
@@ -117,7 +118,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The backend forced by ``use_backend``, or None; while compiling None, as the kernels of a graph ask at run time."""
-    return None if torch.compiler.is_compiling() else _forced.get()
+    return None if _is_compiling() else _forced.get()
 
 
 def _module(backend: str, op: str) -> ModuleType:

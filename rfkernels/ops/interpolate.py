@@ -143,7 +143,7 @@ def interpolate(
 def _fast(x1, t, x0, path, seed, offset, out) -> Interpolant | None:
     """By the native kernels where every argument is plainly right, else None: the checks then say why."""
     if out is None:
-        if type(x1) is not torch.Tensor:
+        if type(x1) is not torch.Tensor or not x1.is_cpu:
             return None
         out = torch.empty_like(x1), torch.empty_like(x1)
     elif type(out) is not tuple or len(out) != 2:

@@ -252,7 +252,7 @@ def linear_step(
 def _fast(form, x, tensors, coefficients, x_coefficient, out, cast):
     """The step by the native kernels where every argument is plainly right, else None: the checks then say why."""
     if out is None:
-        if type(x) is not torch.Tensor:
+        if type(x) is not torch.Tensor or not x.is_cpu:
             return None
         out = torch.empty_like(x)
     copy = cast
