@@ -84,7 +84,8 @@ class TrainConfig:
         keep_checkpoints: how many of them stay.
         sample_every: steps between sample pictures; 0 for none.
         sample_steps: Euler steps of these.
-        tensorboard: also write TensorBoard events to the run folder (needs tensorboard).
+        tensorboard: also write TensorBoard events to the run folder; None: when tensorboard is
+            installed.
         num_threads: torch.set_num_threads for the run; None leaves it. Weights are reproducible bit
             for bit at the same thread count.
     """
@@ -116,7 +117,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     sample_every: int = 0
     sample_steps: int = 20
-    tensorboard: bool = False
+    tensorboard: bool | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,14 +1,15 @@
-"""metrics.jsonl: one JSON object a line, each with its `step`; TensorBoard events on request."""
+"""metrics.jsonl: one JSON object a line, each with its `step`; TensorBoard events where it is installed."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from rfkernels.training.files import write_lines
 
-__all__ = ["MetricsLog", "read_metrics"]
+__all__ = ["MetricsLog", "read_metrics", "tensorboard_wanted"]
 
 
 def read_metrics(file: Path, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -31,6 +32,11 @@ def read_metrics(file: Path, up_to: int | None = None) -> list[dict[str, Any]]:
         if up_to is None or entry["step"] <= up_to:
             entries.append(entry)
     return entries
+
+
+def tensorboard_wanted(asked: bool | None) -> bool:
+    """What was asked for, or, where nothing was, whether tensorboard is installed."""
+    return importlib.util.find_spec("tensorboard") is not None if asked is None else asked
 
 
 def _tensorboard_writer(folder: Path, resume_at: int) -> Any:

@@ -19,7 +19,7 @@ from rfkernels.training import checkpoint as checkpoints
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.ema import EMA
 from rfkernels.training.interrupt import InterruptGuard
-from rfkernels.training.metrics_log import MetricsLog
+from rfkernels.training.metrics_log import MetricsLog, tensorboard_wanted
 from rfkernels.training.objectives import Batch, Objective
 from rfkernels.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from rfkernels.training.progress import Bar
@@ -121,7 +121,7 @@ class Trainer:
             restored = self._restore()
             step = restored or 0
             board = None
-            if config.tensorboard and self.run is not None:
+            if self.run is not None and tensorboard_wanted(config.tensorboard):
                 board = self.run.path / "tensorboard"
             self._metrics = MetricsLog(
                 None if self.run is None else self.run.metrics, resume_at=step, tensorboard=board
