@@ -1,4 +1,4 @@
-// isa.cpp: which instruction set level this CPU runs, capped by RFK_MAX_ISA (read once) and by rfk_isa_cap.
+// isa.cpp: which instruction set level this CPU runs, capped by RFK_MAX_ISA (read once) and by rfk_isa_cap; its cache.
 //
 // Levels follow feature bits, never a CPU model: avx2 is x86-64-v3 (AVX2, FMA, F16C, BMI2), avx512 is x86-64-v4 (F, BW,
 // CD, DQ, VL). Every other processor is at the baseline.
@@ -6,6 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include "core/parallel.h"
 #include "core/status.h"
 #include "rfk/rfk.h"
 
@@ -41,6 +46,21 @@ std::atomic<int32_t>& cap() {
 }
 
 }  // namespace
+
+namespace rfk {
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t size = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return size > 0 ? size : static_cast<int64_t>(32) << 20;
+  }();
+  return bytes;
+}
+
+}  // namespace rfk
 
 extern "C" int32_t rfk_isa_detected(void) {
   static const int32_t level = detect();

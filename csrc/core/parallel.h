@@ -12,6 +12,9 @@
 
 namespace rfk {
 
+// Size of the last-level cache as the system reports it, else 32 MiB (core/isa.cpp).
+int64_t last_level_cache_bytes();
+
 // Below this many elements one thread is faster than waking others.
 constexpr int64_t kSerialElements = 32768;
 

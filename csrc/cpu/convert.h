@@ -57,6 +57,18 @@ inline uint16_t float16_from_float(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// Kernels loop over S, the storage type: C itself (memory or buffers), or bfloat16 converted in registers, which lets loads and
+// arithmetic overlap where a large call in bfloat16 would alternate between them.
+struct Bfloat16 {
+  uint16_t bits;
+};
+inline float get(float v) { return v; }
+inline double get(double v) { return v; }
+inline float get(Bfloat16 v) { return float_from_bfloat16(v.bits); }
+inline void put(float* place, float v) { *place = v; }
+inline void put(double* place, double v) { *place = v; }
+inline void put(Bfloat16* place, float v) { place->bits = bfloat16_from_float(v); }
+
 template <class C>
 inline void load_bfloat16(const uint16_t* source, int64_t stride, int n, C* out) {
   if (stride == 1) {
@@ -72,9 +84,14 @@ inline void load_float16(const uint16_t* source, int64_t stride, int n, C* out) 
 #if defined(__F16C__)
   if (stride == 1) {
     for (; i + 8 <= n; i += 8) {
-      alignas(32) float part[8];
-      _mm256_store_ps(part, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
-      for (int j = 0; j < 8; ++j) out[i + j] = static_cast<C>(part[j]);
+      const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+      if constexpr (sizeof(C) == sizeof(float)) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(out) + i, part);
+      } else {
+        alignas(32) float values[8];
+        _mm256_store_ps(values, part);
+        for (int j = 0; j < 8; ++j) out[i + j] = static_cast<C>(values[j]);
+      }
     }
   }
 #endif
@@ -144,8 +161,14 @@ RFK_NOINLINE void store_run(char* target, int32_t dtype, int64_t stride, int n, 
       if (stride == 1) {
         for (; i + 8 <= n; i += 8) {
           alignas(32) float part[8];
-          for (int j = 0; j < 8; ++j) part[j] = narrow(values[i + j]);
-          const __m128i half = _mm256_cvtps_ph(_mm256_load_ps(part), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+          __m256 eight;
+          if constexpr (sizeof(C) == sizeof(float)) {
+            eight = _mm256_loadu_ps(reinterpret_cast<const float*>(values) + i);
+          } else {
+            for (int j = 0; j < 8; ++j) part[j] = narrow(values[i + j]);
+            eight = _mm256_load_ps(part);
+          }
+          const __m128i half = _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
           _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
         }
       }

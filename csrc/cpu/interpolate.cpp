@@ -30,13 +30,13 @@ struct Scratch {
   C alpha[kTile], sigma[kTile], dalpha[kTile], dsigma[kTile];
 };
 
-template <class C>
-void points(int n, const C* x1, const C* x0, PointCoefficients<C> c, C* xt, C* target) {
+template <class C, class S>
+void points(int n, const S* x1, const S* x0, PointCoefficients<C> c, S* xt, S* target) {
   RFK_INDEPENDENT
   for (int i = 0; i < n; ++i) {
-    const C source = x0[i], data = x1[i];
-    xt[i] = c.sigma * source + c.alpha * data;
-    target[i] = c.dsigma * source + c.dalpha * data;
+    const C source = get(x0[i]), data = get(x1[i]);
+    put(xt + i, c.sigma * source + c.alpha * data);
+    put(target + i, c.dsigma * source + c.dalpha * data);
   }
 }
 
@@ -63,6 +63,10 @@ class Interpolation {
       varies_ = varies(a_.t);
     }
     each_ = varies_ && space_.per_sample < kSmallSample;
+    bfloat16_ = a_.x0 != nullptr && a_.x0_out == nullptr && !each_ && sizeof(C) == sizeof(float);
+    for (int k : {kXt, kTarget, kX1, kX0}) {
+      bfloat16_ = bfloat16_ && operands_[k].dense && operands_[k].dtype == RFK_BFLOAT16;
+    }
     for (int k : {kXt, kTarget, kX0Out}) stream_[k] = streams(space_, operands_[k], operands_ + kX1, 2);
   }
 
@@ -111,6 +115,12 @@ class Interpolation {
   }
 
   void tile(int64_t start, int n, const PointCoefficients<C>& c, Scratch<C>& s) const {
+    if constexpr (sizeof(C) == sizeof(float)) {
+      if (bfloat16_ && !stream_[kXt]) {  // no buffers
+        const auto place = [&](int k) { return reinterpret_cast<Bfloat16*>(operands_[k].data) + start; };
+        return points<float, Bfloat16>(n, place(kX1), place(kX0), c, place(kXt), place(kTarget));
+      }
+    }
     const C* x1 = load_tile(space_, operands_[kX1], start, n, s.x1);
     const C* x0 = s.x0;
     if (a_.x0 != nullptr) {
@@ -126,7 +136,7 @@ class Interpolation {
       expand(start, n, s);
       points_each(n, x1, x0, s, xt, target);
     } else {
-      points(n, x1, x0, c, xt, target);
+      points<C, C>(n, x1, x0, c, xt, target);
     }
     store_tile(space_, operands_[kXt], start, n, stream_[kXt], xt);
     store_tile(space_, operands_[kTarget], start, n, stream_[kTarget], target);
@@ -136,7 +146,7 @@ class Interpolation {
   Operand operands_[kOperands];
   Space space_;
   NoiseSource source_;
-  bool varies_ = false, each_ = false, stream_[kOperands] = {};
+  bool varies_ = false, each_ = false, bfloat16_ = false, stream_[kOperands] = {};
 };
 
 }  // namespace

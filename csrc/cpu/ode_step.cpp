@@ -27,38 +27,38 @@ inline C at(const Coefficient<C>& c, int i) {
 }
 
 // out = c0 x + sum of kTerms terms.
-template <class C, bool kEach, int kTerms>
-void combine(int n, const C* x, const Coefficient<C>& c0, const C* const* t, const Coefficient<C>* c, C* out) {
-  const C *t0 = t[0], *t1 = t[1], *t2 = t[2], *t3 = t[3];
+template <class C, class S, bool kEach, int kTerms>
+void combine(int n, const S* x, const Coefficient<C>& c0, const S* const* t, const Coefficient<C>* c, S* out) {
+  const S *t0 = t[0], *t1 = t[1], *t2 = t[2], *t3 = t[3];
   RFK_INDEPENDENT
   for (int i = 0; i < n; ++i) {
-    C sum = at<kEach>(c0, i) * x[i];
-    if constexpr (kTerms > 0) sum = sum + at<kEach>(c[0], i) * t0[i];
-    if constexpr (kTerms > 1) sum = sum + at<kEach>(c[1], i) * t1[i];
-    if constexpr (kTerms > 2) sum = sum + at<kEach>(c[2], i) * t2[i];
-    if constexpr (kTerms > 3) sum = sum + at<kEach>(c[3], i) * t3[i];
-    out[i] = sum;
+    C sum = at<kEach>(c0, i) * get(x[i]);
+    if constexpr (kTerms > 0) sum = sum + at<kEach>(c[0], i) * get(t0[i]);
+    if constexpr (kTerms > 1) sum = sum + at<kEach>(c[1], i) * get(t1[i]);
+    if constexpr (kTerms > 2) sum = sum + at<kEach>(c[2], i) * get(t2[i]);
+    if constexpr (kTerms > 3) sum = sum + at<kEach>(c[3], i) * get(t3[i]);
+    put(out + i, sum);
   }
 }
 
-template <class C, bool kEach>
-void combine_some(int terms, int n, const C* x, const Coefficient<C>& c0, const C* const* t, const Coefficient<C>* c,
-                  C* out) {
+template <class C, class S, bool kEach>
+void combine_some(int terms, int n, const S* x, const Coefficient<C>& c0, const S* const* t, const Coefficient<C>* c,
+                  S* out) {
   switch (terms) {
-    case 0: return combine<C, kEach, 0>(n, x, c0, t, c, out);
-    case 1: return combine<C, kEach, 1>(n, x, c0, t, c, out);
-    case 2: return combine<C, kEach, 2>(n, x, c0, t, c, out);
-    case 3: return combine<C, kEach, 3>(n, x, c0, t, c, out);
-    default: return combine<C, kEach, 4>(n, x, c0, t, c, out);
+    case 0: return combine<C, S, kEach, 0>(n, x, c0, t, c, out);
+    case 1: return combine<C, S, kEach, 1>(n, x, c0, t, c, out);
+    case 2: return combine<C, S, kEach, 2>(n, x, c0, t, c, out);
+    case 3: return combine<C, S, kEach, 3>(n, x, c0, t, c, out);
+    default: return combine<C, S, kEach, 4>(n, x, c0, t, c, out);
   }
 }
 
-template <class C, bool kEach>
-void guided(int n, const C* x, const C* v, const C* u, const Coefficient<C>& dt, const Coefficient<C>& g, C* out) {
+template <class C, class S, bool kEach>
+void guided(int n, const S* x, const S* v, const S* u, const Coefficient<C>& dt, const Coefficient<C>& g, S* out) {
   RFK_INDEPENDENT
   for (int i = 0; i < n; ++i) {
-    const C w = u[i] + at<kEach>(g, i) * (v[i] - u[i]);
-    out[i] = x[i] + at<kEach>(dt, i) * w;
+    const C w = get(u[i]) + at<kEach>(g, i) * (get(v[i]) - get(u[i]));
+    put(out + i, get(x[i]) + at<kEach>(dt, i) * w);
   }
 }
 
@@ -90,6 +90,10 @@ class Step {
     for (int k = 0; k < scalar_count_; ++k) varies_ = varies_ || varies(scalars_[k]);
     each_ = varies_ && space_.per_sample < kSmallSample;
     stream_ = streams(space_, operands_[0], operands_ + 1, 1 + a_.count);
+    bfloat16_ = a_.noise == nullptr && a_.cast == nullptr && a_.count <= kFused && !stream_;
+    for (int k = 0; k < 2 + a_.count; ++k) {
+      bfloat16_ = bfloat16_ && operands_[k].dense && operands_[k].dtype == RFK_BFLOAT16;
+    }
     stream_cast_ = cast_ >= 0 && streams(space_, operands_[cast_], operands_, 2 + a_.count);
   }
 
@@ -138,8 +142,24 @@ class Step {
     }
   }
 
+  // All of it in bfloat16: no buffers.
+  template <bool kEach>
+  void bfloat16_tile(int64_t start, int n, const Coefficient<C>* c) const {
+    const auto place = [&](int k) { return reinterpret_cast<Bfloat16*>(operands_[k].data) + start; };
+    const Bfloat16* terms[kFused] = {};
+    for (int k = 0; k < a_.count; ++k) terms[k] = place(2 + k);
+    if (a_.form == StepArguments::kGuided) {
+      guided<float, Bfloat16, kEach>(n, place(1), terms[0], terms[1], c[1], c[2], place(0));
+    } else {
+      combine_some<float, Bfloat16, kEach>(a_.count, n, place(1), c[0], terms, c + 1, place(0));
+    }
+  }
+
   template <bool kEach>
   void tile(int64_t start, int n, Scratch<C>& s) const {
+    if constexpr (sizeof(C) == sizeof(float)) {
+      if (bfloat16_) return bfloat16_tile<kEach>(start, n, s.coefficients);
+    }
     const C* x = load_tile(space_, operands_[1], start, n, s.x);
     C* out = output_tile(operands_[0], start, stream_, s.sum);
     const Coefficient<C>* c = s.coefficients;
@@ -147,7 +167,7 @@ class Step {
     if (a_.form == StepArguments::kGuided) {
       const C* v = load_tile(space_, operands_[2], start, n, s.terms[0]);
       const C* u = load_tile(space_, operands_[3], start, n, s.terms[1]);
-      guided<C, kEach>(n, x, v, u, c[1], c[2], out);
+      guided<C, C, kEach>(n, x, v, u, c[1], c[2], out);
     } else {
       const int total = a_.count + (a_.noise != nullptr ? 1 : 0);
       if (total > kFused) out = s.sum;  // a later pass must not read what this one wrote
@@ -156,12 +176,12 @@ class Step {
         const int part = total - done < kFused ? total - done : kFused;
         for (int k = 0; k < part; ++k) terms[k] = load_term(done + k, start, n, s, s.terms[k]);
         if (done == 0) {
-          combine_some<C, kEach>(part, n, x, c[0], terms, c + 1, out);
+          combine_some<C, C, kEach>(part, n, x, c[0], terms, c + 1, out);
         } else {
           Coefficient<C>& one = s.coefficients[0];
           for (int i = 0; i < (kEach ? n : 0); ++i) one.each[i] = C(1);
           one.value = C(1);  // 1 * sum is sum, bit for bit
-          combine_some<C, kEach>(part, n, out, one, terms, c + 1 + done, out);
+          combine_some<C, C, kEach>(part, n, out, one, terms, c + 1 + done, out);
         }
         done += part;
       } while (done < total);
@@ -195,7 +215,7 @@ class Step {
   NoiseSource source_;
   rfk_scalar scalars_[RFK_MAX_TERMS + 2];
   int scalar_count_ = 0, cast_ = -1;
-  bool varies_ = false, each_ = false, stream_ = false, stream_cast_ = false;
+  bool varies_ = false, each_ = false, stream_ = false, stream_cast_ = false, bfloat16_ = false;
 };
 
 }  // namespace

@@ -28,7 +28,7 @@ namespace RFK_ISA_NAMESPACE {
 constexpr int kTile = 1024;            // elements; 4 KiB in float, a tenth of a first-level cache
 constexpr int kMaxOperands = 12;       // tensors of one call
 constexpr int64_t kSmallSample = 256;  // below this many elements a sample, tiles span samples
-constexpr int64_t kStreamBytes = 4 << 20;  // outputs from this size on bypass the cache (about the L2)
+
 
 inline int item_size(int32_t dtype) { return dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : 2; }
 
@@ -145,6 +145,12 @@ constexpr int32_t compute_dtype() {
 template <class C>
 RFK_NOINLINE const C* load_tile(const Space& space, const Operand& operand, int64_t start, int n, C* buffer) {
   if (operand.dense && operand.dtype == compute_dtype<C>()) return reinterpret_cast<const C*>(operand.data) + start;
+#if defined(__GNUC__)
+  if (operand.dense) {  // ask for the next tile while this one is converted: loads and arithmetic alternate otherwise
+    const char* next = operand.data + (start + n) * operand.item;
+    for (int64_t i = 0; i < static_cast<int64_t>(n) * operand.item; i += 64) __builtin_prefetch(next + i);
+  }
+#endif
   for_runs(space, operand, start, n, [&](const char* source, int64_t stride, int at, int run) {
     load_run(source, operand.dtype, stride, run, buffer + at);
   });
@@ -177,9 +183,10 @@ RFK_NOINLINE void store_tile(const Space& space, const Operand& operand, int64_t
   });
 }
 
-// A large dense output that no input shares is written past the cache.
+// A dense output larger than the last-level cache that no input shares is written past the cache. Smaller ones stay: the
+// next reader finds them there (2-core CPU with a large cache: 29 against 40 ms for 16 Mi elements into fresh memory).
 inline bool streams(const Space& space, const Operand& output, const Operand* inputs, int count) {
-  if (!output.present() || !output.dense || space.numel * output.item < kStreamBytes) return false;
+  if (!output.present() || !output.dense || space.numel * output.item < last_level_cache_bytes()) return false;
   for (int k = 0; k < count; ++k) {
     if (inputs[k].data == output.data) return false;
   }
