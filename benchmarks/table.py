@@ -1,7 +1,7 @@
 """Tables and a plot from a result file, so that no figure in the documentation is typed by hand.
 
     python benchmarks/table.py results/cpu.csv                            the table on stdout
-    python benchmarks/table.py results/cpu.csv --into README.md           between the markers of that file
+    python benchmarks/table.py results/cpu.csv --into docs/speed.md       between the markers of that file
     python benchmarks/table.py results/cpu.csv --all --into docs/x.md     every dtype and kind of memory
     python benchmarks/table.py results/cpu.csv --plot docs/ratios.png     needs matplotlib
 
