@@ -139,6 +139,7 @@ def plot(rows: list[Row]) -> bytes:
                 )
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_title(f"{_SIZE_OF.get(size, size)} elements")
+        axis.set_xscale("log")
         axis.set_xlabel("their time / ours (over 1: ours is quicker)")
         axis.set_yticks(range(len(cases)), cases)
     handles, labels = figure.axes[0].get_legend_handles_labels()
