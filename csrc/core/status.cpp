@@ -18,12 +18,6 @@ void set_error(const char* format, ...) {
   va_end(arguments);
 }
 
-const char* last_error_text() { return last_error; }
-
 }  // namespace rfk
 
-namespace rfk {
-const char* last_error_text();
-}
-
-extern "C" const char* rfk_last_error(void) { return rfk::last_error_text(); }
+extern "C" const char* rfk_last_error(void) { return rfk::last_error; }

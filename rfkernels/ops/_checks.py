@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from rfkernels.ops._scalars import Counter, Scalar
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Scalar = float | torch.Tensor
-Counter = int | torch.Tensor
 
 
 def describe(value: object) -> str:

@@ -12,8 +12,7 @@ from rfkernels import _dispatch, _registry
 from rfkernels.backends.reference import flow_loss as reference
 from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops import _checks
-from rfkernels.ops._checks import Counter
-from rfkernels.ops._scalars import join, split_counter
+from rfkernels.ops._scalars import Counter, join, split_counter
 from rfkernels.ops.ode_step import linear_step
 
 KINDS = ("mse", "pseudo_huber", "pseudo_huber_elementwise")

@@ -15,8 +15,7 @@ from rfkernels.backends.native import fast_interpolate as _native_fast_interpola
 from rfkernels.backends.reference import interpolate as reference
 from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops import _checks
-from rfkernels.ops._checks import Counter, Scalar
-from rfkernels.ops._scalars import join, split, split_counter, wants_grad
+from rfkernels.ops._scalars import Counter, Scalar, join, split, split_counter, wants_grad
 from rfkernels.ops._step_ops import linear_op
 from rfkernels.ops.random import randn
 

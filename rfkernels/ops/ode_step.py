@@ -15,8 +15,7 @@ from rfkernels import _dispatch
 from rfkernels.backends.native import fast_step as _native_fast_step
 from rfkernels.backends.reference import ode_step as reference
 from rfkernels.ops import _checks
-from rfkernels.ops._checks import Counter, Scalar
-from rfkernels.ops._scalars import Noise, split, split_counter, wants_grad
+from rfkernels.ops._scalars import Counter, Noise, Scalar, split, split_counter, wants_grad
 from rfkernels.ops._step_ops import euler_op, linear_op
 
 Cast = torch.dtype | torch.Tensor

@@ -17,8 +17,7 @@ import torch
 from rfkernels import _dispatch, _registry
 from rfkernels.backends.reference import random as reference
 from rfkernels.ops import _checks
-from rfkernels.ops._checks import Counter
-from rfkernels.ops._scalars import join, split_counter
+from rfkernels.ops._scalars import Counter, join, split_counter
 
 
 def randn(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+from rfkernels.flow.times import time_shift
+
 
 @runtime_checkable
 class Grid(Protocol):
@@ -66,14 +68,10 @@ class ShiftedGrid:
     def times(self, steps: int | None, t_start: float, t_end: float) -> list[float]:
         """The ``steps + 1`` times."""
         even = _evenly(
-            _shift(t_start, 1 / self.shift), _shift(t_end, 1 / self.shift), _required(steps)
+            time_shift(t_start, 1 / self.shift), time_shift(t_end, 1 / self.shift), _required(steps)
         )
-        inner = [_shift(t, self.shift) for t in even[1:-1]]
+        inner = [time_shift(t, self.shift) for t in even[1:-1]]
         return [t_start, *inner, t_end]
-
-
-def _shift(t: float, a: float) -> float:
-    return t / (t + a * (1 - t))
 
 
 @dataclass(frozen=True)
