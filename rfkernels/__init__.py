@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 from rfkernels._dispatch import available_backends, backend_table, use_backend
 from rfkernels._errors import BackendUnavailableError
 from rfkernels._version import __version__
+from rfkernels.ops._attention_stats import AttentionStats, attention_stats
+from rfkernels.ops.attention import attention
 from rfkernels.ops.flow_loss import flow_loss
 from rfkernels.ops.interpolate import Interpolant, interpolate
 from rfkernels.ops.ode_step import euler_step, linear_step, taylor_step
+from rfkernels.ops.quantize import QuantizedKV, quantize
 from rfkernels.ops.random import derive_seed, rand, randn
 
 if TYPE_CHECKING:
@@ -30,9 +33,13 @@ _LAZY = {
 _ROOMS = ("data", "flow", "metrics", "models", "sampling", "training")
 
 __all__ = [
+    "AttentionStats",
     "BackendUnavailableError",
     "Interpolant",
+    "QuantizedKV",
     "__version__",
+    "attention",
+    "attention_stats",
     "available_backends",
     "backend_table",
     "derive_seed",
@@ -42,6 +49,7 @@ __all__ = [
     "invert",
     "linear_step",
     "load",
+    "quantize",
     "rand",
     "randn",
     "sample",

@@ -12,6 +12,7 @@ A public function validates its arguments and then takes one of three routes:
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -23,9 +24,17 @@ from torch.autograd import forward_ad
 
 from rfkernels._errors import BackendUnavailableError
 
-OPS = ("ode_step", "interpolate", "flow_loss", "random")
+OPS = ("ode_step", "interpolate", "flow_loss", "random", "quantize", "attention")
 MAX_NATIVE_DIMS = 16  # RFK_MAX_DIMS; the reference has the same bits
 BACKENDS = ("native", "triton", "reference")  # in the order of preference
+# (op, backend, device): why that kernel does not exist.
+_ABSENT = {
+    (
+        "attention",
+        "native",
+        "cuda",
+    ): "there is no CUDA attention kernel; the Triton kernels serve it",
+}
 
 _forced: ContextVar[str | None] = ContextVar("rfkernels_backend", default=None)
 _modules: dict[tuple[str, str], ModuleType] = {}
@@ -121,18 +130,35 @@ def forced_backend() -> str | None:
     return None if _is_compiling() else _forced.get()
 
 
-def _module(backend: str, op: str) -> ModuleType:
+def load_backend(backend: str, op: str) -> ModuleType:
+    """The backend's module for the op."""
     key = (backend, op)
     if key not in _modules:
         _modules[key] = importlib.import_module(f"rfkernels.backends.{backend}.{op}")
     return _modules[key]
 
 
-def unavailable_reason(backend: str, device_type: str) -> str | None:
-    """Why the backend serves no op on that device type here, as a sentence; None when it does."""
+@functools.cache
+def _unwritten(backend: str, op: str) -> str | None:
+    """Why the backend has no module or compiled function for the op; None when it has."""
+    if importlib.util.find_spec(f"rfkernels.backends.{backend}.{op}") is None:
+        return f"the {backend} backend has no {op}"
+    if backend == "native" and op in ("quantize", "attention"):
+        extension = importlib.import_module("rfkernels._C")
+        if not hasattr(extension, op):
+            return f"the compiled extension rfkernels._C is older than {op}; install again"
+    return None
+
+
+def unavailable_reason(backend: str, device_type: str, op: str | None = None) -> str | None:
+    """Why the backend does not serve the op (without ``op``: any) on that device type here; None when it does."""
     if backend == "reference":
         return None
-    return importlib.import_module(f"rfkernels.backends.{backend}").unavailable_reason(device_type)
+    package = importlib.import_module(f"rfkernels.backends.{backend}")
+    reason = package.unavailable_reason(device_type)
+    if reason is None and op is not None:
+        reason = _ABSENT.get((op, backend, device_type)) or _unwritten(backend, op)
+    return reason
 
 
 def backend(op: str, tensor: torch.Tensor) -> ModuleType:
@@ -140,20 +166,20 @@ def backend(op: str, tensor: torch.Tensor) -> ModuleType:
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
     forced = _forced.get()
     if forced is not None:
-        reason = unavailable_reason(forced, device_type)
+        reason = unavailable_reason(forced, device_type, op)
         if reason is not None:
             raise BackendUnavailableError(
                 f"{op}: backend {forced!r} cannot serve tensors on {device_type}: {reason}"
             )
-        return _module(forced, op)
+        return load_backend(forced, op)
     for name in BACKENDS:
         if name == "native" and tensor.ndim > MAX_NATIVE_DIMS:
             continue
         # On the CPU, Triton means its interpreter: only by force.
         if (name != "triton" or device_type == "cuda") and unavailable_reason(
-            name, device_type
+            name, device_type, op
         ) is None:
-            return _module(name, op)
+            return load_backend(name, op)
     raise BackendUnavailableError(f"{op}: no backend serves {device_type}")  # reference always does
 
 
@@ -168,7 +194,7 @@ def available_backends(op: str | None = None) -> tuple[str, ...] | dict[str, tup
     if op not in OPS:
         raise ValueError(f"available_backends: op must be one of {', '.join(OPS)}; got {op!r}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return tuple(b for b in BACKENDS if any(unavailable_reason(b, d) is None for d in devices))
+    return tuple(b for b in BACKENDS if any(unavailable_reason(b, d, op) is None for d in devices))
 
 
 def backend_table() -> list[dict[str, object]]:
@@ -181,7 +207,7 @@ def backend_table() -> list[dict[str, object]]:
             ("triton", "cuda"),
             ("reference", "any"),
         ):
-            reason = unavailable_reason(name, device)
+            reason = unavailable_reason(name, device, op)
             rows.append(
                 {
                     "op": op,

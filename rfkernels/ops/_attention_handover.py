@@ -1,0 +1,72 @@
+"""When attention is handed over to PyTorch's own: one rule, made of table rows, in the order in which they are asked.
+
+A hand-over changes no meaning, only who computes, and every one is counted with the sentence below as its reason
+(``rfkernels.attention_stats``). ``rfkernels.use_backend`` switches the rule off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rfkernels.backends.attention_schemes import MAX_HEAD_DIM
+
+FLOAT64 = "float64 inputs ask for more precision than quantized attention has"
+FLOAT16 = "float16 inputs lose 22 dB in the bf16 scheme"
+HEAD_SIZE = f"head sizes above {MAX_HEAD_DIM} have no quantized kernel"
+
+
+@dataclass(frozen=True)
+class Small:
+    """A measured region in which PyTorch is faster: calls whose ``queries * keys`` is at most ``scores``."""
+
+    device: str
+    scheme: str
+    dtype: torch.dtype
+    mask: str | None  # "none", "bool", "float"; None for all
+    threads: tuple[int, int]  # from, to
+    head_dim: tuple[int, int]  # from, to
+    scores: int
+    reason: str
+
+
+# By (device, scheme), so that a call outside every region pays one look-up. Empty until measured.
+SMALL: dict[tuple[str, str], tuple[Small, ...]] = {}
+
+
+def handover_reason(
+    queries: int,
+    keys: int,
+    head_dim: int,
+    value_dim: int,
+    mask: str,
+    dtype: torch.dtype,
+    device: str,
+    threads: int,
+    scheme: str,
+) -> str | None:
+    """Why PyTorch's attention serves this call, or None when a quantized kernel does.
+
+    Args:
+        queries, keys: lengths. head_dim, value_dim: sizes of a row of Q and K, and of V.
+        mask: ``none``, ``causal``, ``bool`` or ``float``.
+        dtype: of the inputs. device: the device's type. threads: ``torch.get_num_threads()``.
+        scheme: a concrete scheme.
+    """
+    if dtype is torch.float64:
+        return FLOAT64
+    if dtype is torch.float16 and scheme == "bf16":
+        return FLOAT16
+    if head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM:
+        return HEAD_SIZE
+    for row in SMALL.get((device, scheme), ()):
+        if (
+            queries * keys <= row.scores
+            and row.dtype is dtype
+            and row.mask in (None, mask)
+            and row.threads[0] <= threads <= row.threads[1]
+            and row.head_dim[0] <= head_dim <= row.head_dim[1]
+        ):
+            return row.reason
+    return None

@@ -1,0 +1,115 @@
+"""Quantize K and V once for many calls of attention, as cross-attention does over the steps of an ODE solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from rfkernels import _dispatch
+from rfkernels._errors import BackendUnavailableError
+from rfkernels.backends.attention_schemes import MAX_HEAD_DIM
+from rfkernels.ops import _attention_checks as checks
+from rfkernels.ops import _attention_route as route
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedKV:
+    """K and V as ``quantize`` left them, in the memory order of one backend. Pass it to ``attention`` in the place of k.
+
+    Attributes:
+        precision: what ``quantize`` was asked for. scheme: what that meant. backend: whose memory order it is.
+        shape: (B, Hk, Sk, D) of K. value_dim: channels of V. dtype, device: of K and V.
+        key_mask: (B, 1 or Hk, 1, Sk) bool or None; ``attention`` never attends to keys where it is False.
+        tensors: the backend's own parts.
+    """
+
+    precision: str
+    scheme: str
+    backend: str
+    shape: tuple[int, int, int, int]
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    key_mask: torch.Tensor | None = field(repr=False)
+    tensors: tuple[torch.Tensor | None, ...] = field(repr=False)
+
+    @property
+    def k_mean(self) -> torch.Tensor | None:
+        """(B, Hk, D) float32, the mean that was taken off K; None under ``bf16``."""
+        return self.tensors.k_mean
+
+
+def quantize(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None = None,
+    layout: str = "bhsd",
+    precision: str = "int8",
+) -> QuantizedKV:
+    """Quantized K and V for ``rfkernels.attention(q, kv)``; the formulas are in ``rfkernels.attention``.
+
+    Args:
+        k: (B, Hk, Sk, D), for ``layout="bshd"`` (B, Sk, Hk, D), any strides; float32, bfloat16 or float16. Never changed.
+        v: (B, Hk, Sk, Dv) of the same dtype and device.
+        key_mask: (B, Sk) or (B, Hk, Sk) bool, True for the keys that may be attended. The others count in no mean and no
+            scale, and ``attention`` masks them.
+        layout: ``bhsd`` or ``bshd``.
+        precision: as ``rfkernels.attention``.
+
+    Returns:
+        A ``QuantizedKV``. A head of K or V that holds a NaN or an infinity gives NaN: the exact path needs the originals.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range; K or V that need a gradient.
+        BackendUnavailableError: no kernel for this precision on this device.
+    """
+    name = "quantize"
+    k, v = checks.heads_first(name, layout, k, v)
+    checks.keys_and_values(name, k, v)
+    if k.dtype == torch.float64:
+        raise TypeError(f"{name}: k must be float32, bfloat16 or float16; got torch.float64")
+    for argument, tensor in (("k", k), ("v", v)):
+        if tensor.shape[3] > MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: {argument} must have at most {MAX_HEAD_DIM} channels; got {tensor.shape[3]}"
+            )
+    if _dispatch.recorded(k, v):
+        raise ValueError(
+            f"{name}: k and v must not require a gradient, which ends at the codes; pass them to attention itself"
+        )
+    valid = _valid(name, key_mask, k)
+    scheme = route.scheme_of(name, precision, k)
+    found = route.choose(name, scheme, k)
+    if isinstance(found, str):
+        raise BackendUnavailableError(f"{name}: {found}; rfkernels.use_backend('reference') can")
+    backend, module = found
+    with torch.no_grad():
+        tensors = module.quantize_kv(k, v, scheme, valid)
+    return QuantizedKV(
+        precision, scheme, backend, tuple(k.shape), v.shape[3], k.dtype, k.device,
+        None if key_mask is None else valid[:, : _mask_heads(key_mask), None], tensors,
+    )  # fmt: skip
+
+
+def _mask_heads(key_mask: torch.Tensor) -> int | None:
+    return 1 if key_mask.ndim == 2 else None
+
+
+def _valid(op: str, key_mask: object, k: torch.Tensor) -> torch.Tensor | None:
+    """The key mask as an expanded (B, Hk, Sk)."""
+    if key_mask is None:
+        return None
+    batch, heads, keys = k.shape[:3]
+    if not isinstance(key_mask, torch.Tensor) or key_mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_mask must be a bool tensor; got {checks.describe(key_mask)}")
+    if key_mask.shape not in ((batch, keys), (batch, heads, keys)):
+        raise ValueError(
+            f"{op}: key_mask must have shape {(batch, keys)} or {(batch, heads, keys)}; got {tuple(key_mask.shape)}"
+        )
+    if key_mask.device != k.device:
+        raise ValueError(
+            f"{op}: key_mask must be on the device of k, {k.device}; got {key_mask.device}"
+        )
+    return (key_mask[:, None] if key_mask.ndim == 2 else key_mask).expand(batch, heads, keys)
