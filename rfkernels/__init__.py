@@ -14,6 +14,7 @@ from rfkernels._errors import BackendUnavailableError
 from rfkernels._version import __version__
 from rfkernels.ops._attention_stats import AttentionStats, attention_stats
 from rfkernels.ops.attention import attention
+from rfkernels.ops.attention_varlen import attention_varlen
 from rfkernels.ops.flow_loss import flow_loss
 from rfkernels.ops.interpolate import Interpolant, interpolate
 from rfkernels.ops.ode_step import euler_step, linear_step, taylor_step
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_stats",
+    "attention_varlen",
     "available_backends",
     "backend_table",
     "derive_seed",

@@ -11,18 +11,19 @@ from rfkernels.ops._checks import FLOATS, describe
 LAYOUTS = ("bhsd", "bshd")
 
 
-def heads_first(op: str, layout: str, *tensors: object) -> tuple[torch.Tensor, ...]:
+def heads_first(op: str, layout: str, **tensors: object) -> tuple[torch.Tensor, ...]:
     """The tensors as (B, H, S, D) views."""
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if layout == "bhsd":
-        return tensors
-    for name, tensor in zip(("q", "k", "v")[-len(tensors) :], tensors, strict=True):
-        _four(op, name, tensor)
-    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+        return tuple(tensors.values())
+    for name, tensor in tensors.items():
+        four(op, name, tensor)
+    return tuple(tensor.transpose(1, 2) for tensor in tensors.values())
 
 
-def _four(op: str, name: str, value: object) -> None:
+def four(op: str, name: str, value: object) -> None:
+    """A tensor of 4 dimensions."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
     if value.ndim != 4:
@@ -54,8 +55,8 @@ def _same(op: str, name: str, value: torch.Tensor, other_name: str, other: torch
 
 def keys_and_values(op: str, k: object, v: object) -> None:
     """K (B, Hk, Sk, D) and V (B, Hk, Sk, Dv) of one dtype and device."""
-    _four(op, "k", k)
-    _four(op, "v", v)
+    four(op, "k", k)
+    four(op, "v", v)
     _kind(op, "k", k)
     _same(op, "v", v, "k", k)
     if k.shape[:3] != v.shape[:3]:
@@ -88,7 +89,7 @@ def inputs(op: str, q: object, k: object, v: object, enable_gqa: bool) -> None:
             and q.layout is k.layout is v.layout is torch.strided
         ):
             return
-    _four(op, "q", q)
+    four(op, "q", q)
     keys_and_values(op, k, v)
     _same(op, "q", q, "k", k)
     if q.shape[0] != k.shape[0]:
@@ -147,7 +148,20 @@ def scale(op: str, value: object, head_dim: int) -> float:
     return value
 
 
-def flag(op: str, name: str, value: object) -> None:
-    """True or False."""
-    if value is not True and value is not False:
-        raise TypeError(f"{op}: {name} must be True or False; got {value!r}")
+def autocast(*tensors: object) -> tuple[object, ...]:
+    """The tensors as autocast hands them to PyTorch's attention: floating ones but float64 in its dtype."""
+    first = tensors[0]
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def flags(op: str, **values: object) -> None:
+    """True or False, nothing that only looks like it."""
+    for name, value in values.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{op}: {name} must be True or False; got {value!r}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 
 from rfkernels import _dispatch
 from rfkernels._errors import BackendUnavailableError
-from rfkernels.backends.attention_schemes import PRECISIONS, SCHEMES, resolve
+from rfkernels.backends.attention_schemes import PRECISIONS, resolve
 
 # The schemes that each backend's kernels are written for.
 SERVED = {
@@ -20,30 +19,31 @@ SERVED = {
 FP8_CAPABILITY = (8, 9)
 
 
-@functools.cache
+_capabilities: dict[int | None, tuple[int, int]] = {}
+
+
 def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@functools.cache
-def _resolved(op: str, precision: str, device: str, index: int | None, head_dim: int) -> str:
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"{op}: precision must be one of {', '.join(PRECISIONS)}; got {precision!r}"
-        )
-    visible = device == "cuda" and torch.cuda.is_available()
-    return resolve(precision, device, head_dim, _capability(index) if visible else None)
+    """Compute capability of a CUDA device; asked of the driver once, as it costs microseconds."""
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(index)
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 def scheme_of(op: str, precision: str, q: torch.Tensor) -> str:
     """The concrete scheme that a precision means for tensors like ``q`` (..., D)."""
-    if not isinstance(precision, str):
-        raise TypeError(f"{op}: precision must be a string; got {type(precision).__name__}")
-    if precision in SCHEMES:
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{op}: precision must be one of {', '.join(PRECISIONS)}; got {precision!r}"
+        )
+    if precision != "int8":
         return precision
     if q.is_cpu:
-        return _resolved(op, precision, "cpu", None, 64)
-    return _resolved(op, precision, q.device.type, q.device.index, q.shape[-1])
+        return "int8_u8"
+    visible = q.is_cuda and torch.cuda.is_available()
+    capability = _capability(q.device.index) if visible else None
+    return resolve(precision, q.device.type, q.shape[-1], capability)
 
 
 def _reason(name: str, scheme: str, device: str, index: int | None, op: str) -> str | None:

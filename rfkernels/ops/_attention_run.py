@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from rfkernels import _dispatch
 from rfkernels._errors import BackendUnavailableError
+from rfkernels.backends.reference.exact_attention import logsumexp, sdpa
 from rfkernels.ops import _attention_route as route
 from rfkernels.ops._attention_handover import FLOAT64, HEAD_SIZE, handover_reason
-from rfkernels.ops._attention_sdpa import exact_logsumexp, sdpa
 from rfkernels.ops._attention_stats import count_call, count_handover
 
 
@@ -47,23 +49,21 @@ def reason_for(q, k, v, attn_mask, is_causal: bool, scheme: str) -> str | None:
     return None
 
 
-def hand_over(q, k, v, attn_mask, is_causal, scale, enable_gqa, precision, reason) -> torch.Tensor:
-    """PyTorch's attention, counted."""
-    count_handover(precision, reason)
-    return sdpa(q, k, v, attn_mask, is_causal, scale, enable_gqa)
-
-
-def run(q, k, v, attn_mask, is_causal, scale, precision, scheme, return_lse):
-    """(out, lse) with fresh memory, no gradient; ``lse`` has no elements unless wanted."""
+def decide(q, k, v, attn_mask, is_causal: bool, scheme: str) -> tuple[str, ModuleType] | str:
+    """(name, module) of the backend that serves the call, or the reason why PyTorch's attention does."""
     reason = reason_for(q, k, v, attn_mask, is_causal, scheme)
-    found = route.choose("attention", scheme, q) if reason is None else reason
-    if isinstance(found, str):
-        values = hand_over(q, k, v, attn_mask, is_causal, scale, True, precision, found)
-        out = new_output(q, v.shape[3]).copy_(values)
-        lse = new_lse(q, return_lse)
-        if return_lse:
-            lse.copy_(exact_logsumexp(q, k, attn_mask, is_causal, scale))
-        return out, lse
+    return route.choose("attention", scheme, q) if reason is None else reason
+
+
+def hand_over(q, k, v, attn_mask, is_causal, scale, precision, return_lse, reason):
+    """(out, lse) of PyTorch's attention, counted; differentiable."""
+    count_handover(precision, reason)
+    out = sdpa(q, k, v, attn_mask, is_causal, scale, q.shape[1] != k.shape[1])
+    return out, logsumexp(q, k, attn_mask, is_causal, scale) if return_lse else None
+
+
+def serve(found, q, k, v, attn_mask, is_causal, scale, precision, scheme, return_lse):
+    """(out, lse) of a kernel with fresh memory, no gradient; ``lse`` has no elements unless wanted."""
     name, module = found
     out, lse = new_output(q, v.shape[3]), new_lse(q, return_lse)
     mask = None if attn_mask is None else expanded(attn_mask, q, k.shape[2])
@@ -72,6 +72,17 @@ def run(q, k, v, attn_mask, is_causal, scale, precision, scheme, return_lse):
     )
     count_call(precision, scheme, name, exact)
     return out, lse
+
+
+def run(q, k, v, attn_mask, is_causal, scale, precision, scheme, return_lse):
+    """(out, lse) wherever the rule sends the call, with the memory order that ``new_output`` promises."""
+    found = decide(q, k, v, attn_mask, is_causal, scheme)
+    if not isinstance(found, str):
+        return serve(found, q, k, v, attn_mask, is_causal, scale, precision, scheme, return_lse)
+    with torch.no_grad():
+        values, sums = hand_over(q, k, v, attn_mask, is_causal, scale, precision, return_lse, found)
+    out = new_output(q, v.shape[3]).copy_(values)
+    return out, new_lse(q, False) if sums is None else sums
 
 
 def expanded(attn_mask: torch.Tensor, q: torch.Tensor, keys: int) -> torch.Tensor:

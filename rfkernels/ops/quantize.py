@@ -66,7 +66,7 @@ def quantize(
         BackendUnavailableError: no kernel for this precision on this device.
     """
     name = "quantize"
-    k, v = checks.heads_first(name, layout, k, v)
+    k, v = checks.heads_first(name, layout, k=k, v=v)
     checks.keys_and_values(name, k, v)
     if k.dtype == torch.float64:
         raise TypeError(f"{name}: k must be float32, bfloat16 or float16; got torch.float64")

@@ -2,7 +2,8 @@
 
 The codes and scales are float32 bit for bit (``quantize``). The softmax runs over blocks of keys against a floating
 reference: each block's own maximum, at most ``FLOOR`` log2 units below the running one, so that P always uses its whole
-range. Scores are in log2 units. Heads with a NaN, an infinity or scores that float32 could not hold take PyTorch's attention.
+range. Scores are in log2 units. Heads with a NaN, an infinity or scores that float32 could not hold take PyTorch's
+attention (``exact_attention``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rfkernels.backends.attention_schemes import (
     Scheme,
     padded_dim,
 )
+from rfkernels.backends.reference.exact_attention import exact_heads
 from rfkernels.backends.reference.quantize import (
     KV,
     collapsed,
@@ -52,62 +54,6 @@ def _score_bound(q, q_scale, k_codes, k_scale, scheme: Scheme, factor: torch.Ten
     return rows * factor.abs() * keys.repeat_interleave(group, 1) * terms
 
 
-def exact_head(q, k, v, attn_mask, is_causal, scale):
-    """PyTorch's attention and the logsumexp of (B, H, Sq, D) inputs with as many heads each; also its NaNs."""
-    queries, keys = q.shape[2], k.shape[2]
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(q.dtype).masked_fill(attn_mask <= MASKED, -torch.inf)
-    if attn_mask is not None and is_causal:
-        below = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
-        if attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask & below
-        else:
-            attn_mask = attn_mask.masked_fill(~below, -torch.inf)
-        is_causal = False
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale
-    )
-    return out, logsumexp(q, k, attn_mask, is_causal, scale)
-
-
-def logsumexp(q, k, attn_mask, is_causal, scale) -> torch.Tensor:
-    """Natural log of the softmax denominators in float64 over the exact scores, as float32."""
-    scores = q.double() @ k.double().mT * scale
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        else:
-            scores = scores + attn_mask.double()
-    if is_causal:
-        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~below, -torch.inf)
-    return scores.logsumexp(-1).float()
-
-
-def exact_heads(q, k, v, attn_mask, is_causal, scale, heads, out, lse) -> int:
-    """Overwrite ``out`` and ``lse`` for the query heads marked in ``heads`` (B, Hq) bool; returns how many there were.
-
-    Every backend uses it on the CPU. ``k`` None stands for keys of which only the quantized form is left: NaN.
-    """
-    marked = heads.nonzero().tolist()
-    for b, h in marked:
-        if k is None:
-            out[b, h] = torch.nan
-            if lse is not None:
-                lse[b, h] = torch.nan
-            continue
-        kv = h // (q.shape[1] // k.shape[1])
-        mask = None if attn_mask is None else attn_mask[b : b + 1, h : h + 1]
-        values, sums = exact_head(
-            q[b : b + 1, h : h + 1], k[b : b + 1, kv : kv + 1], v[b : b + 1, kv : kv + 1],
-            mask, is_causal, scale,
-        )  # fmt: skip
-        out[b, h] = values[0, 0]
-        if lse is not None:
-            lse[b, h] = sums[0, 0]
-    return len(marked)
-
-
 def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int:
     """Write ``out`` (B, Hq, Sq, Dv) and, where given, ``lse`` (B, Hq, Sq); returns how many heads took the exact path.
 
@@ -139,7 +85,7 @@ def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int
     out.copy_(values)
     if lse is not None:
         lse.copy_(sums / LOG2_E + _mean_score(q, kv, group, scale))
-    return exact_heads(q, k, v, attn_mask, is_causal, scale, exact, out, lse)
+    return exact_heads(q, k, v, attn_mask, is_causal, scale, exact, out, lse, kv.finite)
 
 
 def _mean_score(q, kv: KV, group: int, scale: float) -> torch.Tensor | float:

@@ -1,8 +1,8 @@
 """Quantization of Q, K and V for attention in eager torch, float32 operation by operation; kernels match its bits.
 
 K: the mean over the valid keys is subtracted, then Q and K are multiplied by fixed signs and Hadamard transformed (padded
-with zeros to a power of two, not normalised), then Q is scaled per row and K per block of 64 keys. V has a scale per channel,
-for ``u8`` also one per key. Layouts: Q, K and V codes (B, H, S, D); e4m3 V codes (B, H, D, S rounded up to 128).
+with zeros to a power of two, not normalised), then Q is scaled per row and K per block of 64 keys. V has a scale per
+channel, for ``u8`` also one per key. Layouts: Q, K and V codes (B, H, S, D); e4m3 V codes (B, H, D, S rounded up to 128).
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 def _inverse(numerator: float, magnitude: torch.Tensor) -> torch.Tensor:
     """numerator / magnitude, 0 where the magnitude is tiny or not a number."""
     usable = magnitude >= TINY
-    return torch.where(usable, numerator / torch.where(usable, magnitude, 1.0), 0.0)
+    # number / tensor in torch is number * reciprocal, which rounds twice
+    quotient = torch.full_like(magnitude, numerator) / torch.where(usable, magnitude, 1.0)
+    return torch.where(usable, quotient, 0.0)
 
 
 def _codes(values: torch.Tensor, kind: str) -> torch.Tensor:
@@ -160,7 +162,7 @@ def _quantize_v(v: torch.Tensor, valid: torch.Tensor, scheme: Scheme):
         return padded, None, channel / scheme.v_max
     w = w * _inverse(1.0, channel).unsqueeze(2)
     key = torch.where(valid, w.abs().amax(-1).clamp(min=KEY_SCALE_MIN), 1.0)
-    codes = _codes(w * (scheme.v_max / key).unsqueeze(-1), "int8")
+    codes = _codes(w * (torch.full_like(key, scheme.v_max) / key).unsqueeze(-1), "int8")
     return codes, key, channel / scheme.v_max
 
 
