@@ -54,6 +54,18 @@ def transforms_active() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
+def watched() -> bool:
+    """True while compiling or tracing, under a mode or a transform."""
+    return bool(
+        _is_compiling()
+        or _mode_depth()
+        or _function_mode_depth()
+        or _tracing()
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def plain(*tensors: object) -> bool:
     """True when no mode, subclass or lazy bit of the given tensors (or None, floats, ints) matters to the call."""
     # is_compiling first: Dynamo cannot trace the others. jit.trace would not see a kernel that is called directly.
@@ -86,15 +98,7 @@ def direct_allowed(*tensors: object) -> bool:
 
 def fast_call_allowed() -> bool:
     """True when the native kernels may be called on plain CPU tensors without going through ``backend``."""
-    return not (
-        _is_compiling()
-        or _mode_depth()
-        or _function_mode_depth()
-        or _tracing()
-        or _functorch_level() is not None
-        or forward_ad._current_level >= 0
-        or _forced.get() not in (None, "native")
-    )
+    return not (watched() or _forced.get() not in (None, "native"))
 
 
 def mark_written(*outputs: object) -> None:

@@ -77,15 +77,17 @@ def inputs(op: str, q: object, k: object, v: object, enable_gqa: bool) -> None:
         and q.ndim == k.ndim == v.ndim == 4
     ):
         (b, h, _, d), (kb, kh, ks, kd), (vb, vh, vs, vd) = q.shape, k.shape, v.shape
+        dtype = q.dtype
         if (
             b == kb == vb
             and h == kh == vh
             and ks == vs
             and d == kd > 0
             and vd > 0
-            and q.dtype is k.dtype is v.dtype
-            and q.dtype in FLOATS
-            and q.device == k.device == v.device
+            and dtype in FLOATS
+            and k.dtype is dtype
+            and v.dtype is dtype
+            and ((q.is_cpu and k.is_cpu and v.is_cpu) or q.device == k.device == v.device)
             and q.layout is k.layout is v.layout is torch.strided
         ):
             return

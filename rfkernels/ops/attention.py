@@ -9,7 +9,7 @@ from rfkernels.ops import _attention_checks as checks
 from rfkernels.ops._attention_kv import attend_quantized
 from rfkernels.ops._attention_op import Attention, attention_op
 from rfkernels.ops._attention_route import scheme_of
-from rfkernels.ops._attention_run import decide, hand_over, serve
+from rfkernels.ops._attention_run import decide, early_handover, hand_over, serve
 from rfkernels.ops.quantize import QuantizedKV
 
 _autocast = torch.is_autocast_enabled
@@ -77,6 +77,10 @@ def attention(
         return attend_quantized(
             q, k, v, attn_mask, is_causal, scale, enable_gqa, layout, precision, return_lse
         )
+    if attn_mask is None and layout == "bhsd" and not return_lse:
+        handed = early_handover(q, k, v, is_causal, scale, precision)
+        if handed is not None:
+            return handed
     if layout != "bhsd":
         q, k, v = checks.heads_first(name, layout, q=q, k=k, v=v)
     if isinstance(q, torch.Tensor) and _autocast("cpu" if q.is_cpu else q.device.type):

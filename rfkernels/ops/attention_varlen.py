@@ -101,10 +101,6 @@ def _offsets(op: str, name: str, value: object, total: int) -> list[int]:
     if value.ndim != 1 or not len(value):
         raise ValueError(f"{op}: {name} must have shape (sequences + 1,); got {tuple(value.shape)}")
     found = value.tolist()
-    if (
-        found[0] != 0
-        or found[-1] != total
-        or any(b < a for a, b in zip(found, found[1:], strict=False))
-    ):
+    if found[0] != 0 or found[-1] != total or found != sorted(found):
         raise ValueError(f"{op}: {name} must rise from 0 to {total}; got {found[:8]}")
     return found

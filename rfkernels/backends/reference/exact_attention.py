@@ -10,7 +10,8 @@ import torch
 
 from rfkernels.backends.attention_schemes import MASKED
 
-_sdpa = torch.nn.functional.scaled_dot_product_attention
+# Bound here: a program may put this package's attention in its place.
+torch_attention = torch.nn.functional.scaled_dot_product_attention
 
 
 def torch_mask(
@@ -38,7 +39,7 @@ def sdpa(q, k, v, attn_mask, is_causal, scale, enable_gqa) -> torch.Tensor:
     """PyTorch's attention of (B, H, S, D) tensors, differentiable."""
     if attn_mask is not None:
         attn_mask, is_causal = torch_mask(attn_mask, is_causal, q, k.shape[2])
-    return _sdpa(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return torch_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def scores_of(q, k, attn_mask, is_causal, scale, dtype) -> torch.Tensor:
