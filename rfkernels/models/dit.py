@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rfkernels.backends.attention_schemes import PRECISIONS
 from rfkernels.models.embeddings import TimeFeatures, condition_embedding, refuse_condition
+from rfkernels.ops.attention import attention as rf_attention
 
-__all__ = ["DiT"]
+__all__ = ["ATTENTIONS", "DiT", "DiTBlock"]
+
+ATTENTIONS = ("sdpa", *PRECISIONS)  # what the option `attention` may be
 
 
 def _grid_code(width: int, rows: int, columns: int) -> torch.Tensor:
@@ -30,13 +34,15 @@ def _modulated(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tor
     return F.layer_norm(h, h.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
 
 
-class _Block(nn.Module):
+class DiTBlock(nn.Module):
     """Attention and MLP, each between an adaptive norm and a gate; the gates start at zero
-    (adaLN-zero)."""
+    (adaLN-zero). `attention` is read at every call and may be changed."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, dropout: float, attention: str
+    ) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.attention = heads, dropout, attention
         self.qkv = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
         inner = int(width * mlp_ratio)
@@ -57,11 +63,21 @@ class _Block(nn.Module):
         q, k, v = qkv.reshape(batch, length, 3, self.heads, width // self.heads).permute(
             2, 0, 3, 1, 4
         )
-        attended = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0
-        )
+        attended = self._attend(q, k, v)
         h = h + gate_a[:, None] * self.merge(attended.transpose(1, 2).reshape(batch, length, width))
         return h + gate_m[:, None] * self.mlp(_modulated(h, shift_m, scale_m))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(B, H, S, D) in and out."""
+        dropout = self.dropout if self.training else 0.0
+        if self.attention == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        if dropout:
+            raise ValueError(
+                f"dropout: must be 0 to train with attention={self.attention!r}; got {dropout}; use "
+                'attention="sdpa"'
+            )
+        return rf_attention(q, k, v, precision=self.attention)
 
 
 class DiT(nn.Module):
@@ -77,6 +93,10 @@ class DiT(nn.Module):
         num_classes: class labels 0..num_classes-1, num_classes being the null label; or
         condition_dim: size of a condition vector, zero being the null condition; or neither.
         dropout: in attention and MLP.
+        attention: "sdpa", PyTorch's; or a precision of `rf.attention`: "int8", "int8_u8",
+            "int8_bf16", "int8_fp8", "fp8", "bf16". No parameter depends on it, so that a checkpoint
+            serves under each. Training under a precision runs the quantized forward pass with
+            PyTorch's gradient at the same inputs, and needs dropout = 0.
 
     `forward(x, t, y=None)`: t (B,) in [0, 1] (0 = source, 1 = data); y (B,) int64 or (B,
     condition_dim).
@@ -93,6 +113,7 @@ class DiT(nn.Module):
         num_classes: int | None = None,
         condition_dim: int | None = None,
         dropout: float = 0.0,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         self.sample_shape = tuple(int(n) for n in sample_shape)
@@ -105,6 +126,10 @@ class DiT(nn.Module):
             raise ValueError(f"patch: must divide height {height} and width {column}; got {patch}")
         if heads < 1 or width % heads or width % 4:
             raise ValueError(f"width: must be a multiple of 4 and of heads ({heads}); got {width}")
+        if attention not in ATTENTIONS:
+            raise ValueError(
+                f"attention: must be one of {', '.join(ATTENTIONS)}; got {attention!r}"
+            )
         self.options = {
             "sample_shape": list(self.sample_shape),
             "patch": patch,
@@ -115,6 +140,7 @@ class DiT(nn.Module):
             "num_classes": num_classes,
             "condition_dim": condition_dim,
             "dropout": dropout,
+            "attention": attention,
         }
         self.patch, self.grid = patch, (height // patch, column // patch)
         self.features = TimeFeatures(64)
@@ -125,7 +151,9 @@ class DiT(nn.Module):
         self.null_label = None if self.condition is None else self.condition.null_label
         self.enter = nn.Linear(channels * patch * patch, width)
         self.register_buffer("place", _grid_code(width, *self.grid), persistent=False)
-        self.blocks = nn.ModuleList(_Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, mlp_ratio, dropout, attention) for _ in range(depth)
+        )
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch * patch)
         for layer in (self.modulation, self.leave):

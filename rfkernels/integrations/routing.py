@@ -1,0 +1,205 @@
+"""One call of scaled_dot_product_attention, taken by `rf.attention` where it may be, and the count
+of where it may not.
+
+Every drop-in of this room ends here. A call that the quantized kernel must not take goes to the
+function that was there before, with the arguments as they came, and the reason is counted: numbers
+never change without a trace. The rules, in the order in which they are asked:
+
+* a tensor subclass or a mode that wants the call for itself: the original sees it first;
+* dropout; a device other than CPU and CUDA; dtypes that differ or that are not float32, bfloat16 or
+  float16;
+* shapes: 3 or 4 dimensions, head_dim of the keys and of the values 1..256, equal batches, heads
+  equal or (with `enable_gqa`) the query's a multiple;
+* a gradient or a forward-mode derivative is needed, unless `training=True`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+import rfkernels
+from rfkernels._dispatch import recorded, transforms_active
+from rfkernels.backends.attention_schemes import MAX_HEAD_DIM, PRECISIONS
+
+__all__ = ["TORCH_SDPA", "RouteCounts", "check_precision", "refusal", "route"]
+
+# The function itself, whatever torch.nn.functional's name points at now.
+TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_lock = threading.Lock()
+
+
+@dataclass
+class RouteCounts:
+    """How many calls came, how many `rf.attention` took, and why the others went to the original.
+
+    Calls are counted where Python runs them: inside a compiled graph, whose Python ran once while
+    it was traced, nothing is counted here (`rf.attention_stats()` counts those, at run time).
+    """
+
+    calls: int = 0
+    routed: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def count(self, reason: str | None) -> None:
+        """Add one call; `reason` is None when `rf.attention` takes it."""
+        if torch.compiler.is_compiling():
+            return
+        with _lock:
+            self.calls += 1
+            if reason is None:
+                self.routed += 1
+            else:
+                self.fallbacks[reason] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """{"calls": int, "routed": int, "fallbacks": {reason: int}}, a copy."""
+        with _lock:
+            return {
+                "calls": self.calls,
+                "routed": self.routed,
+                "fallbacks": dict(self.fallbacks),
+            }
+
+    def reset(self) -> None:
+        """All counts back to zero."""
+        with _lock:
+            self.calls = self.routed = 0
+            self.fallbacks.clear()
+
+
+def check_precision(where: str, precision: object) -> str:
+    """The precision, if `rf.attention` knows it.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: an unknown name.
+    """
+    if not isinstance(precision, str):
+        raise TypeError(f"{where}: precision must be a string; got {type(precision).__name__}")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{where}: precision must be one of {', '.join(PRECISIONS)}; got {precision!r}"
+        )
+    return precision
+
+
+def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The cast that torch.autocast applies to the arguments of torch's own function."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in _DTYPES else t for t in tensors)
+
+
+def refusal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    training: bool,
+) -> str | None:
+    """Why `rf.attention` does not take this call, as a phrase; None when it does.
+
+    Tensors are (..., heads, length, head_dim), as torch's function has them.
+    """
+    tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
+    if dropout_p > 0:
+        return "dropout"
+    if any(is_traceable_wrapper_subclass(t) or t.is_nested for t in tensors):
+        return "a tensor subclass"
+    device = query.device
+    if device.type not in ("cpu", "cuda"):
+        return "a device other than cpu and cuda"
+    if any(t.device != device for t in tensors):
+        return "tensors on different devices"
+    if query.dtype not in _DTYPES:
+        return "a dtype other than float32, bfloat16 and float16"
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        return "query, key and value of different dtypes"
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return "a mask that is neither bool nor float32 nor of the query's dtype"
+    if not (query.ndim == key.ndim == value.ndim and query.ndim in (3, 4)):
+        return "fewer than 3 or more than 4 dimensions"
+    if not (1 <= query.shape[-1] <= MAX_HEAD_DIM and 1 <= value.shape[-1] <= MAX_HEAD_DIM):
+        return f"a head_dim outside 1..{MAX_HEAD_DIM}"
+    if key.shape[:-1] != value.shape[:-1] or key.shape[-1] != query.shape[-1]:
+        return "shapes that only torch can broadcast"
+    if query.ndim == 4 and query.shape[0] != key.shape[0]:
+        return "shapes that only torch can broadcast"
+    heads, kv_heads = query.shape[-3], key.shape[-3]
+    if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
+        return "shapes that only torch can broadcast"
+    if not training and recorded(*tensors):
+        return "a gradient is needed (training=True takes these calls)"
+    if not training and not torch.compiler.is_compiling() and transforms_active():
+        return "a torch.func transform or forward-mode derivative (training=True takes these calls)"
+    return None
+
+
+def route(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    original: Callable[..., torch.Tensor],
+    precision: str,
+    training: bool,
+    counts: RouteCounts,
+) -> torch.Tensor:
+    """torch's function of these arguments: by `rf.attention` in `precision`, or by `original`.
+
+    Args:
+        query, key, value: (B, H, S, D), or (H, S, D) as one batch, as in torch's function; so are
+            attn_mask, dropout_p, is_causal, scale and enable_gqa.
+        original: what takes the calls that `refusal` names a reason for.
+        precision: of `rf.attention`.
+        training: take calls that need a gradient as well.
+        counts: where the call is counted.
+    """
+    if torch.overrides.has_torch_function((query, key, value, attn_mask)):
+        reason: str | None = "a tensor subclass"
+    else:
+        q, k, v, mask = _autocast(query, key, value, attn_mask)
+        reason = refusal(q, k, v, mask, dropout_p, enable_gqa, training)
+    counts.count(reason)
+    if reason is not None:
+        return original(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    single = q.ndim == 3
+    if single:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out = rfkernels.attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        precision=precision,
+    )
+    return out.squeeze(0) if single else out
