@@ -5,7 +5,7 @@ Every drop-in of this room ends here. A call that the quantized kernel must not 
 function that was there before, with the arguments as they came, and the reason is counted: numbers
 never change without a trace. The rules, in the order in which they are asked:
 
-* a tensor subclass or a mode that wants the call for itself: the original sees it first;
+* a tensor subclass with a meaning of its own (nested, DTensor, ...);
 * dropout; a device other than CPU and CUDA; dtypes that differ or that are not float32, bfloat16 or
   float16;
 * shapes: 3 or 4 dimensions, head_dim of the keys and of the values 1..256, equal batches, heads
@@ -32,6 +32,7 @@ __all__ = ["TORCH_SDPA", "RouteCounts", "check_precision", "refusal", "route"]
 
 # The function itself, whatever torch.nn.functional's name points at now.
 TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _lock = threading.Lock()
 
@@ -100,6 +101,19 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype in _DTYPES else t for t in tensors)
 
 
+def _overridden(*tensors: torch.Tensor | None) -> bool:
+    """True when a tensor is of a kind that takes torch's functions into its own hands."""
+    # Not torch.overrides.has_torch_function: under torch.set_default_device that is always true.
+    for t in tensors:
+        if t is None or type(t) in _PLAIN:
+            continue
+        if type(t).__torch_function__ is not torch._C._disabled_torch_function_impl:
+            return True
+        if is_traceable_wrapper_subclass(t):
+            return True
+    return any(t is not None and t.is_nested for t in tensors)
+
+
 def refusal(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -116,8 +130,6 @@ def refusal(
     tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
     if dropout_p > 0:
         return "dropout"
-    if any(is_traceable_wrapper_subclass(t) or t.is_nested for t in tensors):
-        return "a tensor subclass"
     device = query.device
     if device.type not in ("cpu", "cuda"):
         return "a device other than cpu and cuda"
@@ -172,8 +184,9 @@ def route(
         training: take calls that need a gradient as well.
         counts: where the call is counted.
     """
-    if torch.overrides.has_torch_function((query, key, value, attn_mask)):
-        reason: str | None = "a tensor subclass"
+    reason: str | None
+    if _overridden(query, key, value, attn_mask):
+        reason = "a tensor subclass"
     else:
         q, k, v, mask = _autocast(query, key, value, attn_mask)
         reason = refusal(q, k, v, mask, dropout_p, enable_gqa, training)

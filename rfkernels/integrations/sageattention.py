@@ -15,7 +15,7 @@ import torch
 
 import rfkernels
 
-__all__ = ["sageattn"]
+__all__ = ["sageattn", "sageattn_varlen"]
 
 _LAYOUTS = {"HND": "bhsd", "NHD": "bshd"}
 
@@ -72,4 +72,46 @@ def sageattn(
         enable_gqa=q.shape[heads] != k.shape[heads],
         layout=layout,
         return_lse=return_lse,
+    )
+
+
+def sageattn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+) -> torch.Tensor:
+    """`sageattn` of packed sequences of different lengths, by `rf.attention_varlen`.
+
+    Args:
+        q, k, v: (total length, heads, D); the heads of q may be a multiple of those of k and v.
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1,) offsets of the sequences, from 0 to the total.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; only checked to be integers, as
+            the offsets say all there is to know.
+        is_causal, sm_scale, smooth_k: as in `sageattn`, sequence by sequence.
+
+    Raises:
+        TypeError, ValueError: as `rf.attention_varlen`; an unknown keyword is a TypeError.
+    """
+    _check_smooth_k("sageattn_varlen", smooth_k)
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"sageattn_varlen: {name} must be an integer; got {type(value).__name__}"
+            )
+    return rfkernels.attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        is_causal=is_causal,
+        scale=sm_scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )

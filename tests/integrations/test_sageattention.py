@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
-from rfkernels.integrations.sageattention import sageattn
+from rfkernels.integrations.sageattention import sageattn, sageattn_varlen
 
 
 def qkv(kv_heads=4, dtype=torch.bfloat16):
@@ -67,3 +67,28 @@ def test_what_is_refused():
         sageattn(q, k, v, "BHSD")
     with pytest.raises(TypeError, match="sageattn: smooth_k must be a bool; got int"):
         sageattn(q, k, v, smooth_k=1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences(kernel, causal):
+    lengths = [(5, 5), (1, 17), (9, 9)]
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (
+        torch.randn(sum(n[i] for n in lengths), heads, 16, generator=g)
+        for i, heads in ((0, 4), (1, 2), (1, 2))
+    )
+    rows, keys = (torch.tensor([0, *(n[i] for n in lengths)]).cumsum(0).int() for i in (0, 1))
+    found = sageattn_varlen(q, k, v, rows, keys, 9, 17, causal, 0.4)
+    assert kernel.calls("int8") == 3
+    for i in range(3):
+        one = [
+            t[None, a[i] : a[i + 1]].transpose(1, 2) for t, a in ((q, rows), (k, keys), (v, keys))
+        ]
+        exact = F.scaled_dot_product_attention(*one, is_causal=causal, scale=0.4, enable_gqa=True)
+        assert relative(found[rows[i] : rows[i + 1]], exact[0].transpose(0, 1)) < 0.05
+    with pytest.raises(
+        TypeError, match="sageattn_varlen: max_seqlen_k must be an integer; got float"
+    ):
+        sageattn_varlen(q, k, v, rows, keys, 9, 17.0)
+    with pytest.raises(TypeError, match="window_size"):
+        sageattn_varlen(q, k, v, rows, keys, 9, 17, window_size=3)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
+import rfkernels as rf
 from rfkernels import integrations, models
 
 TORCH = F.scaled_dot_product_attention
@@ -186,6 +187,31 @@ def test_multihead_attention_is_taken_along(kernel):
         plain = layer(x, x, x, need_weights=False)[0]
     assert kernel.calls() == 2
     assert relative(found, expected) < 0.03 < relative(plain, expected)
+
+
+def test_tensor_subclasses_go_to_torch_and_a_default_device_does_not(kernel):
+    class Tagged(torch.Tensor):
+        pass
+
+    q, k, v = qkv()
+    with integrations.sdpa() as patch:
+        found = F.scaled_dot_product_attention(q.as_subclass(Tagged), k, v)
+        assert kernel.calls() == 0
+        with torch.device("cpu"):
+            F.scaled_dot_product_attention(q, k, v)
+    assert isinstance(found, Tagged)
+    assert torch.equal(found.as_subclass(torch.Tensor), TORCH(q, k, v))
+    assert patch.stats() == {"calls": 2, "routed": 1, "fallbacks": {"a tensor subclass": 1}}
+
+
+def test_calls_that_the_kernel_hands_over_do_not_come_back():
+    q, k, v = qkv(dtype=torch.float64)
+    rf.attention_stats(reset=True)
+    with integrations.sdpa() as patch:
+        found = rf.attention(q, k, v)
+    assert torch.equal(found, TORCH(q, k, v))
+    assert patch.stats()["calls"] == 0
+    assert sum(rf.attention_stats(reset=True).handovers.values()) == 1
 
 
 def test_undone_when_an_error_passes():
