@@ -19,10 +19,11 @@ using rfk::set_error;
 std::atomic<uint64_t> launches[RFK_OP_COUNT][RFK_ISA_COUNT];
 
 const rfk::CpuOps& cpu_ops(rfk_op op) {
-  const int32_t isa = rfk_isa_used();
+  const int32_t used = rfk_isa_used();
+  const int32_t isa = used > RFK_ISA_AVX512 ? RFK_ISA_AVX512 : used;  // these ops have nothing for the tile unit
   launches[op][isa].fetch_add(1, std::memory_order_relaxed);
 #if RFK_X86
-  if (isa >= RFK_ISA_AVX512) return rfk::avx512::kOps;
+  if (isa == RFK_ISA_AVX512) return rfk::avx512::kOps;
   if (isa == RFK_ISA_AVX2) return rfk::avx2::kOps;
 #endif
   return rfk::baseline::kOps;
@@ -108,6 +109,12 @@ bool valid_device(const char* op, const rfk_device* device) {
 rfk_scalar number(double value) { return rfk_scalar{value, nullptr, 0, RFK_FLOAT64}; }
 
 }  // namespace
+
+namespace rfk {
+
+void count_launch(rfk_op op, int32_t isa) { launches[op][isa].fetch_add(1, std::memory_order_relaxed); }
+
+}  // namespace rfk
 
 extern "C" {
 
@@ -331,7 +338,7 @@ void rfk_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t w
 
 int32_t rfk_isa_compiled(int32_t isa) {
 #if RFK_X86
-  return isa >= RFK_ISA_BASELINE && isa <= RFK_ISA_AVX512;
+  return isa >= RFK_ISA_BASELINE && isa <= RFK_ISA_AMX;
 #else
   return isa == RFK_ISA_BASELINE;
 #endif

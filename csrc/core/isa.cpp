@@ -1,12 +1,19 @@
 // isa.cpp: which instruction set level this CPU runs, capped by RFK_MAX_ISA (read once) and by rfk_isa_cap; its cache.
 //
 // Levels follow feature bits, never a CPU model: avx2 is x86-64-v3 (AVX2, FMA, F16C, BMI2), avx512 is x86-64-v4 (F, BW,
-// CD, DQ, VL). Every other processor is at the baseline.
+// CD, DQ, VL), amx is that with VNNI, AMX-INT8 and AMX-BF16 and the tile state granted by the system. Every other processor is at
+// the baseline. Attention on avx512 asks for VNNI too.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
@@ -16,6 +23,34 @@
 
 namespace {
 
+// Whether tiles may be used: the CPU has them, the system saves them, and the process was granted them (once, for all threads).
+bool tiles_granted() {
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((d & kBfloat16) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & (1u << 27)) == 0) return false;  // OSXSAVE
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;
+  if ((low & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_vnni() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 int32_t detect() {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -24,6 +59,7 @@ int32_t detect() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+  if (v4 && has_vnni() && tiles_granted()) return RFK_ISA_AMX;
   return v4 ? RFK_ISA_AVX512 : v3 ? RFK_ISA_AVX2 : RFK_ISA_BASELINE;
 #else
   return RFK_ISA_BASELINE;
@@ -73,6 +109,12 @@ extern "C" int32_t rfk_isa_used(void) {
   if (level > limit) level = limit;
   while (level > RFK_ISA_BASELINE && !rfk_isa_compiled(level)) --level;
   return level;
+}
+
+extern "C" int32_t rfk_attention_isa(void) {
+  static const bool vnni = has_vnni();
+  const int32_t level = rfk_isa_used();
+  return level == RFK_ISA_AVX512 && !vnni ? RFK_ISA_AVX2 : level;
 }
 
 extern "C" rfk_status rfk_isa_cap(int32_t level) {

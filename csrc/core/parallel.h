@@ -51,6 +51,26 @@ static inline void parallel_ranges(int64_t count, int64_t grain, int64_t element
   body(static_cast<int64_t>(0), count);
 }
 
+// body(task, worker) for every task in [0, count), in order, each to the next free thread of `threads`.
+template <class Body>
+static inline void parallel_tasks(int64_t count, int threads, const Body& body) {
+#if defined(_OPENMP)
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int worker = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < count; ++task) body(task, worker);
+    }
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  for (int64_t task = 0; task < count; ++task) body(task, 0);
+}
+
 }  // namespace rfk
 
 #endif  // RFK_CORE_PARALLEL_H_

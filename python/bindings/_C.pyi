@@ -62,6 +62,28 @@ def flow_loss(
     /,
 ) -> None: ...
 def random(out: Tensor, seed: _Counter, offset: _Counter, distribution: int, /) -> None: ...
+def attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    packed: int,
+    keys: int,
+    value_channels: int,
+    key_heads: int,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    scheme: int,
+    out: Tensor,
+    lse: Tensor | None,
+    /,
+) -> list[int]: ...
+def quantize_keys(k: Tensor, v: Tensor, valid: int, scheme: int, packed: int, /) -> None: ...
+def quantize_queries(q: Tensor, scheme: int, codes: int, scale: int, finite: int, /) -> None: ...
+def quantized_layout(
+    scheme: int, keys: int, channels: int, value_channels: int, /
+) -> tuple[int, dict[str, int]]: ...
+def attention_isa() -> str: ...
 def fast_step(
     form: int,
     x: Tensor,

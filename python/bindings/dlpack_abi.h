@@ -11,7 +11,7 @@
 namespace dlpack {
 
 constexpr int32_t kCpu = 1, kCuda = 2;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 constexpr uint32_t kMajor = 1;
 
 struct Device {

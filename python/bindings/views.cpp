@@ -38,6 +38,7 @@ dlpack::DataType dtype_from_attribute(py::handle object) {
   if (name == "torch.float64") return {dlpack::kFloat, 64, 1};
   if (name == "torch.float16") return {dlpack::kFloat, 16, 1};
   if (name == "torch.bfloat16") return {dlpack::kBfloat, 16, 1};
+  if (name == "torch.bool") return {dlpack::kBool, 8, 1};
   if (name == "torch.int64") return {dlpack::kInt, 64, 1};
   return {255, 0, 1};
 }
@@ -99,29 +100,34 @@ void borrow(py::handle object, const char* name, Borrowed* out) {
   }
 }
 
-const rfk_tensor* Call::tensor(py::handle object, const char* name) {
+const rfk_tensor* Call::tensor(py::handle object, const char* name) { return view(object, name, false); }
+
+const rfk_tensor* Call::mask(py::handle object, const char* name) { return view(object, name, true); }
+
+const rfk_tensor* Call::view(py::handle object, const char* name, bool boolean) {
   if (object.is_none()) return nullptr;
   if (count_ == kMaxTensors) throw py::value_error(std::string(op_) + ": too many tensors");
   Borrowed borrowed;
   borrow(object, name, &borrowed);
   const dlpack::Tensor& source = borrowed.tensor;
   check_device(source.device, name);
-  rfk_tensor& view = tensors_[count_];
-  view.dtype = float_dtype(source.dtype);
-  if (view.dtype < 0) throw py::type_error(std::string(op_) + ": " + name + " must be a floating point tensor");
+  rfk_tensor& result = tensors_[count_];
+  result.dtype = float_dtype(source.dtype);
+  if (boolean && source.dtype.code == dlpack::kBool && source.dtype.bits == 8) result.dtype = RFK_BOOL;
+  if (result.dtype < 0) throw py::type_error(std::string(op_) + ": " + name + " must be a floating point tensor");
   if (source.ndim > RFK_MAX_DIMS) {
     throw py::value_error(std::string(op_) + ": " + name + " must have at most 16 dimensions; got " +
                           std::to_string(source.ndim));
   }
-  view.ndim = source.ndim;
+  result.ndim = source.ndim;
   int64_t numel = 1;
   for (int32_t d = source.ndim - 1; d >= 0; --d) {
-    view.shape[d] = source.shape[d];
-    view.strides[d] = source.strides != nullptr ? source.strides[d] : numel;
+    result.shape[d] = source.shape[d];
+    result.strides[d] = source.strides != nullptr ? source.strides[d] : numel;
     numel *= source.shape[d];
   }
-  view.data = static_cast<char*>(source.data) + source.byte_offset;
-  if (numel == 0) view.data = nullptr;
+  result.data = static_cast<char*>(source.data) + source.byte_offset;
+  if (numel == 0) result.data = nullptr;
   if (numel > elements_) elements_ = numel;
   return &tensors_[count_++];
 }

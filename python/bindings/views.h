@@ -38,6 +38,8 @@ class Call {
 
   // A view, or NULL for None. Valid as long as the Call.
   const rfk_tensor* tensor(py::handle object, const char* name);
+  // The same for a mask, which may hold bools.
+  const rfk_tensor* mask(py::handle object, const char* name);
   rfk_scalar scalar(py::handle object, const char* name);
   rfk_noise noise(py::handle seed, py::handle offset);
 
@@ -58,6 +60,7 @@ class Call {
   }
 
  private:
+  const rfk_tensor* view(py::handle object, const char* name, bool boolean);
   void check_device(const dlpack::Device& device, const char* name);
   [[noreturn]] void fail(rfk_status status) const;
 

@@ -56,7 +56,8 @@ class Cell:
         reason = unavailable_reason(self.backend, self.device)
         if reason is None and self.isa is not None:
             detected = _C.isa_detected()
-            if ISA_LEVELS.index(self.isa) > ISA_LEVELS.index(detected):
+            levels = (*ISA_LEVELS, "amx")  # of attention only
+            if levels.index(self.isa) > levels.index(detected):
                 return f"this CPU is at {detected}, below {self.isa}"
         return reason
 

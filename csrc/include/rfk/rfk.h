@@ -31,7 +31,13 @@ extern "C" {
 #define RFK_LOSS_BLOCK 4096 /* elements of one partial sum of flow_loss; fixed, so that sums do not depend on threads */
 
 typedef enum { RFK_OK = 0, RFK_INVALID = 1, RFK_UNSUPPORTED = 2, RFK_CUDA_ERROR = 3 } rfk_status;
-typedef enum { RFK_FLOAT32 = 0, RFK_FLOAT64 = 1, RFK_BFLOAT16 = 2, RFK_FLOAT16 = 3 } rfk_dtype;
+typedef enum {
+  RFK_FLOAT32 = 0,
+  RFK_FLOAT64 = 1,
+  RFK_BFLOAT16 = 2,
+  RFK_FLOAT16 = 3,
+  RFK_BOOL = 4 /* bytes 0 and 1; attention masks only */
+} rfk_dtype;
 typedef enum { RFK_CPU = 0, RFK_CUDA = 1 } rfk_device_type;
 
 /* Where to run. stream is a cudaStream_t (a CUstream) and is ignored on the CPU. */
@@ -137,14 +143,58 @@ RFK_API rfk_status rfk_random(const rfk_device* device, const rfk_noise* noise, 
 /* The raw generator, for tests: the four words of one counter. */
 RFK_API void rfk_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);
 
+/* quantize and attention ----------------------------------------------------------------------------------------- */
+
+/* What is quantized to what: rfkernels/backends/attention_schemes.py. These run on the CPU. */
+typedef enum {
+  RFK_ATTENTION_INT8_U8 = 0,   /* Q, K int8; P uint8 and V int8 with a scale per key */
+  RFK_ATTENTION_INT8_BF16 = 1, /* Q, K int8; P and V bfloat16 */
+  RFK_ATTENTION_BF16 = 2       /* all bfloat16 */
+} rfk_attention_scheme;
+
+#define RFK_MAX_CHANNELS 256 /* of a head */
+
+/* Bytes of the quantized keys and values of one head, and where its parts begin (core/attention_layout.h): offsets[9] =
+ * keys, values, key_scale, addend, inverse, row_sum, value_scale, mean, flag. */
+RFK_API int64_t rfk_quantized_bytes(int32_t scheme, int64_t keys, int64_t channels, int64_t value_channels, int64_t* offsets);
+
+/* k (B, H, S, D) and v (B, H, S, Dv) into packed (B, H, rfk_quantized_bytes), 64-byte aligned. valid: (B, H, S) bytes, keys that count in
+ * means and scales, or NULL. CPU. */
+RFK_API rfk_status rfk_quantize_keys(const rfk_device* device, const rfk_tensor* k, const rfk_tensor* v, const uint8_t* valid,
+                                     int32_t scheme, void* packed);
+
+/* q (B, H, S, D) to codes (B, H, S, power of two >= D) and scale (B, H, S), the same codes that attention makes for itself; finite (B, H)
+ * receives 0 for heads with a NaN or an infinity. CPU, int8 schemes. */
+RFK_API rfk_status rfk_quantize_queries(const rfk_device* device, const rfk_tensor* q, int32_t scheme, int8_t* codes,
+                                        float* scale, uint8_t* finite);
+
+/* out = softmax(scale Q K^T + mask) V, float32 inside. q (B, Hq, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), Hq a multiple of Hk; or
+ * packed keys and values (k, v NULL; keys, value_channels and key_heads tell their shape). mask: (B, Hq, Sq, Sk) bool or float, strides
+ * may be 0, or NULL; causal: key j <= query i. lse: (B, Hq, Sq) float32 or NULL. Rows that may attend nothing give 0, lse -infinity.
+ * exact: (B, Hq) bytes, set to 1 for heads that hold a NaN or an infinity or could overflow: out and lse of those are undefined and the
+ * caller computes them another way. CPU. */
+RFK_API rfk_status rfk_attention(const rfk_device* device, const rfk_tensor* q, const rfk_tensor* k, const rfk_tensor* v,
+                                 const void* packed, int64_t keys, int64_t value_channels, int64_t key_heads,
+                                 const rfk_tensor* mask, int32_t causal, double scale, int32_t scheme,
+                                 const rfk_tensor* out, const rfk_tensor* lse, uint8_t* exact);
+
 /* core ----------------------------------------------------------------------------------------------------------- */
 
 typedef enum { RFK_ISA_BASELINE = 0, RFK_ISA_AVX2 = 1, RFK_ISA_AVX512 = 2, RFK_ISA_AMX = 3, RFK_ISA_COUNT = 4 } rfk_isa;
-typedef enum { RFK_OP_ODE_STEP = 0, RFK_OP_INTERPOLATE, RFK_OP_FLOW_LOSS, RFK_OP_RANDOM, RFK_OP_COUNT } rfk_op;
+typedef enum {
+  RFK_OP_ODE_STEP = 0,
+  RFK_OP_INTERPOLATE,
+  RFK_OP_FLOW_LOSS,
+  RFK_OP_RANDOM,
+  RFK_OP_QUANTIZE,
+  RFK_OP_ATTENTION,
+  RFK_OP_COUNT
+} rfk_op;
 
 RFK_API const char* rfk_last_error(void);
 RFK_API int32_t rfk_isa_detected(void); /* what this CPU can run, uncapped */
 RFK_API int32_t rfk_isa_used(void);     /* capped by RFK_MAX_ISA and by rfk_isa_cap */
+RFK_API int32_t rfk_attention_isa(void); /* of attention and quantize: AVX-512 needs VNNI there, AMX is used */
 RFK_API rfk_status rfk_isa_cap(int32_t isa);  /* lower the level at run time (tests); RFK_ISA_COUNT - 1 lifts the cap */
 RFK_API int32_t rfk_isa_compiled(int32_t isa); /* 1 when kernels of that level are in this binary */
 RFK_API int32_t rfk_max_threads(void);

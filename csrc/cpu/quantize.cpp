@@ -1,0 +1,409 @@
+// quantize.cpp: queries, keys and values of attention to int8 codes (or bfloat16), packed as the products read them.
+//
+// All arithmetic is float32 in the order that rfkernels/backends/reference/quantize.py states, so the codes are the same on every ISA
+// level and backend: mean of the keys by blocks of 64 (blocks summed in double), minus the mean, random signs, Walsh-Hadamard with
+// stages 1, 2, 4, ..., rows scaled to their largest magnitude / 127. Values carry a scale per key and one per channel.
+#include "cpu/quantize.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "core/rotation.h"
+#include "cpu/convert.h"
+#include "cpu/lanes.h"
+#include "cpu/products.h"
+
+namespace rfk {
+namespace RFK_ISA_NAMESPACE {
+namespace {
+
+constexpr float kTiny = 0x1p-100f;       // below this a group counts as zero: 127 / a stays finite
+constexpr float kKeyScaleMin = 0x1p-40f;
+
+struct Signs {
+  float value[kMaxChannels];
+};
+constexpr Signs make_signs() {
+  Signs signs{};
+  for (int d = 0; d < kMaxChannels; ++d) signs.value[d] = (kSignWords[d / 32] >> (d % 32)) & 1u ? -1.0f : 1.0f;
+  return signs;
+}
+constexpr Signs kSigns = make_signs();  // constexpr: an initialiser of this level must not run on a lesser CPU
+
+void load_row(const HeadView& view, int64_t row, float* out) {
+  load_run(view.data + row * view.row_bytes, view.dtype, view.channel_stride, static_cast<int>(view.channels), out);
+}
+
+// The unnormalised Walsh-Hadamard transform of `vectors` * 16 values, or of the first `length` of 16.
+template <int V>
+RFK_INLINE void hadamard(Floats* x, int64_t length) {
+  for (int i = 0; i < V; ++i) {
+    if (length >= 2) x[i] = butterfly<1>(x[i]);
+    if (length >= 4) x[i] = butterfly<2>(x[i]);
+    if (length >= 8) x[i] = butterfly<4>(x[i]);
+    if (length >= 16) x[i] = butterfly<8>(x[i]);
+  }
+  for (int h = 1; h < V; h *= 2) {
+    for (int i = 0; i < V; i += 2 * h) {
+      for (int j = i; j < i + h; ++j) {
+        const Floats a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+    }
+  }
+}
+
+// y = H (sign * (x - mean)), zero beyond the channels; returns the lanes' largest magnitudes. x is zero padded.
+template <int V>
+RFK_INLINE Floats rotate(const float* x, const float* mean, int64_t length, float* y) {
+  Floats part[V];
+  for (int i = 0; i < V; ++i) {
+    part[i] = load(x + 16 * i);
+    if (mean != nullptr) part[i] = part[i] - load(mean + 16 * i);
+    part[i] = part[i] * load(kSigns.value + 16 * i);
+  }
+  hadamard<V>(part, length);
+  Floats largest = splat(0.0f);
+  for (int i = 0; i < V; ++i) {
+    store(y + 16 * i, part[i]);
+    largest = max(largest, abs(part[i]));
+  }
+  return largest;
+}
+
+Floats rotate_row(const float* x, const float* mean, int64_t length, float* y) {
+  switch ((length + 15) / 16) {
+    case 1: return rotate<1>(x, mean, length, y);
+    case 2: return rotate<2>(x, mean, length, y);
+    case 4: return rotate<4>(x, mean, length, y);
+    case 8: return rotate<8>(x, mean, length, y);
+    default: return rotate<16>(x, mean, length, y);
+  }
+}
+
+bool all_finite(const float* x, int64_t n) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * 0.0f;
+  return sum == 0.0f;
+}
+
+// Mean over the valid keys into mean[channels]; false when an input is not finite.
+bool mean_of_keys(const HeadView& k, const uint8_t* valid, int64_t keys, float* mean, float* scratch) {
+  float* row = scratch;
+  float* block = scratch + kMaxChannels;
+  double total[kMaxChannels] = {};
+  int64_t count = 0;
+  bool finite = true;
+  for (int64_t begin = 0; begin < keys; begin += kKeyGroup) {
+    const int64_t end = begin + kKeyGroup < keys ? begin + kKeyGroup : keys;
+    for (int64_t d = 0; d < k.channels; ++d) block[d] = 0.0f;
+    for (int64_t j = begin; j < end; ++j) {
+      load_row(k, j, row);
+      if (valid != nullptr && valid[j] == 0) {
+        finite = finite && all_finite(row, k.channels);
+        continue;
+      }
+      ++count;
+      for (int64_t d = 0; d < k.channels; ++d) block[d] += row[d];
+    }
+    for (int64_t d = 0; d < k.channels; ++d) total[d] += static_cast<double>(block[d]);
+  }
+  for (int64_t d = 0; d < k.channels; ++d) {
+    mean[d] = count > 0 ? static_cast<float>(total[d] / static_cast<double>(count)) : 0.0f;
+  }
+  return finite && all_finite(mean, k.channels);
+}
+
+// Row sums of sixteen rows of sixteen floats, or their largest values.
+template <class Combine>
+RFK_INLINE Floats across_rows(const float* rows, const Combine& combine) {
+  alignas(64) int32_t turned[256];
+  alignas(64) int32_t bits[256];
+  std::memcpy(bits, rows, sizeof bits);
+  transpose(bits, 16, turned, 16);
+  alignas(64) float values[256];
+  std::memcpy(values, turned, sizeof values);
+  Floats result = load(values);
+  for (int i = 1; i < 16; ++i) result = combine(result, load(values + 16 * i));
+  return result;
+}
+
+bool pack_int8_keys(const HeadView& k, const uint8_t* valid, const AttentionLayout& l, char* packed, float* scratch) {
+  float* mean = reinterpret_cast<float*>(packed + l.mean_at);
+  for (int64_t d = 0; d < round_up(l.channels, 16); ++d) mean[d] = 0.0f;
+  bool finite = mean_of_keys(k, valid, l.keys, mean, scratch);
+  const int64_t width = round_up(l.rotated, 16);
+  float* padded_mean = scratch;
+  float* row = scratch + kMaxChannels;
+  float* rotated = scratch + 2 * kMaxChannels;  // 64 rows
+  for (int64_t d = 0; d < kMaxChannels; ++d) {
+    padded_mean[d] = d < l.channels ? mean[d] : 0.0f;
+    row[d] = 0.0f;
+  }
+  char* keys = packed + l.keys_at;
+  if (width < l.padded_channels) std::memset(keys, 0, static_cast<size_t>(l.padded_keys * l.padded_channels));
+  float* scale = reinterpret_cast<float*>(packed + l.key_scale_at);
+  int32_t* row_sum = reinterpret_cast<int32_t*>(packed + l.row_sum_at);
+  const int64_t tiles = l.padded_channels / 64;
+  for (int64_t group = 0; group < l.padded_keys / kKeyGroup; ++group) {
+    Floats largest = splat(0.0f);
+    for (int64_t i = 0; i < kKeyGroup; ++i) {
+      const int64_t j = group * kKeyGroup + i;
+      float* y = rotated + i * width;
+      if (j >= l.keys || (valid != nullptr && valid[j] == 0)) {
+        for (int64_t d = 0; d < width; ++d) y[d] = 0.0f;
+        continue;
+      }
+      load_row(k, j, row);
+      largest = max(largest, rotate_row(row, padded_mean, l.rotated, y));
+    }
+    const float top = reduce_max(largest);
+    finite = finite && top <= 3.0e38f;
+    const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
+    scale[group] = top < kTiny ? 0.0f : top / 127.0f;
+    for (int64_t begin = 0; begin < kKeyGroup; begin += 16) {
+      alignas(64) float sums[256];
+      char* tile = keys + (group * 4 + begin / 16) * tiles * kTileBytes;
+      for (int64_t i = 0; i < 16; ++i) {
+        const float* y = rotated + (begin + i) * width;
+        Floats sum = splat(0.0f);
+        for (int64_t d = 0; d < width; d += 16) {
+          const Ints codes = to_int(load(y + d) * inverse);
+          sum = sum + to_float(codes);
+          store_low_bytes(reinterpret_cast<int8_t*>(tile + d / 64 * kTileBytes + i * 64 + d % 64), codes);
+        }
+        store(sums + 16 * i, sum);
+      }
+      store(row_sum + group * kKeyGroup + begin, to_int(across_rows(sums, [](Floats a, Floats b) { return a + b; })));
+    }
+  }
+  return finite;
+}
+
+bool pack_bfloat16_keys(const HeadView& k, const AttentionLayout& l, char* packed, float* scratch) {
+  float* row = scratch;
+  float* scale = reinterpret_cast<float*>(packed + l.key_scale_at);
+  std::memset(packed + l.mean_at, 0, static_cast<size_t>(round_up(l.channels, 16) * 4));
+  std::memset(packed + l.row_sum_at, 0, static_cast<size_t>(l.padded_keys * 4));
+  for (int64_t d = 0; d < kMaxChannels; ++d) row[d] = 0.0f;
+  bool finite = true;
+  const int64_t tiles = l.padded_channels / 32;
+  for (int64_t j = 0; j < l.padded_keys; ++j) {
+    if (j % kKeyGroup == 0) scale[j / kKeyGroup] = 0.0f;
+    if (j < l.keys) {
+      load_row(k, j, row);
+      finite = finite && all_finite(row, l.channels);
+      float& top = scale[j / kKeyGroup];
+      for (int64_t d = 0; d < l.channels; ++d) top = std::fabs(row[d]) > top ? std::fabs(row[d]) : top;
+    } else {
+      for (int64_t d = 0; d < l.channels; ++d) row[d] = 0.0f;
+    }
+    for (int64_t d = 0; d < l.padded_channels; d += 32) {
+      char* place = packed + l.keys_at + (j / 16 * tiles + d / 32) * kTileBytes + j % 16 * 64;
+      store_run(place, RFK_BFLOAT16, 1, 32, row + d);
+    }
+  }
+  return finite;
+}
+
+bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLayout& l, char* packed, float* scratch) {
+  const int64_t width = round_up(l.value_channels, 16);
+  float* row = scratch;
+  float* inverse = scratch + kMaxChannels;
+  float* scaled = scratch + 2 * kMaxChannels;                                         // 64 rows
+  int32_t* words = reinterpret_cast<int32_t*>(scaled + kKeyGroup * kMaxChannels);     // [width / 16][16 groups of 4 keys][16]
+  float* scale = reinterpret_cast<float*>(packed + l.value_scale_at);
+  float* addend = reinterpret_cast<float*>(packed + l.addend_at);
+  float* key_inverse = reinterpret_cast<float*>(packed + l.inverse_at);
+  bool finite = true;
+  for (int64_t d = 0; d < kMaxChannels; ++d) row[d] = inverse[d] = 0.0f;
+  {
+    Floats largest[kMaxChannels / 16], spoiled = splat(0.0f);
+    for (int64_t i = 0; i < width / 16; ++i) largest[i] = splat(0.0f);
+    for (int64_t j = 0; j < l.keys; ++j) {
+      load_row(v, j, row);
+      const bool counts = valid == nullptr || valid[j] != 0;
+      for (int64_t i = 0; i < width / 16; ++i) {
+        const Floats x = load(row + 16 * i);
+        spoiled = fma(x, splat(0.0f), spoiled);
+        if (counts) largest[i] = max(largest[i], abs(x));
+      }
+    }
+    float check[16];
+    store(check, spoiled);
+    finite = all_finite(check, 16);
+    for (int64_t i = 0; i < width / 16; ++i) store(inverse + 16 * i, largest[i]);
+  }
+  for (int64_t d = 0; d < l.padded_value_channels; ++d) {
+    const float top = d < l.value_channels ? inverse[d] : 0.0f;
+    scale[d] = top < kTiny ? 0.0f : top / 127.0f;
+    if (d < kMaxChannels) inverse[d] = top < kTiny ? 0.0f : 1.0f / top;
+  }
+  for (int64_t group = 0; group < l.padded_keys / kKeyGroup; ++group) {
+    char* tiles = packed + l.values_at + group * l.padded_value_channels / 16 * kTileBytes;
+    for (int64_t begin = 0; begin < kKeyGroup; begin += 16) {
+      alignas(64) float tops[256], key_scale[16], factor[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t j = group * kKeyGroup + begin + i;
+        float* w = scaled + (begin + i) * width;
+        Floats largest = splat(0.0f);
+        if (j < l.keys && (valid == nullptr || valid[j] != 0)) {
+          load_row(v, j, row);
+          for (int64_t d = 0; d < width; d += 16) {
+            const Floats x = load(row + d) * load(inverse + d);
+            store(w + d, x);
+            largest = max(largest, abs(x));
+          }
+        } else {
+          for (int64_t d = 0; d < width; ++d) w[d] = 0.0f;
+          largest = splat(j < l.keys ? 1.0f : 0.0f);  // a masked key: scale 1, codes 0
+        }
+        store(tops + 16 * i, largest);
+      }
+      store(key_scale, max(across_rows(tops, [](Floats a, Floats b) { return max(a, b); }), splat(kKeyScaleMin)));
+      store(factor, splat(127.0f) / load(key_scale));
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t j = group * kKeyGroup + begin + i;
+        addend[j] = j < l.keys ? std::log2(key_scale[i]) : kMinusInfinity;
+        key_inverse[j] = j < l.keys ? 1.0f / key_scale[i] : 1.0f;
+      }
+      for (int64_t i = 0; i < 16; i += 4) {
+        const float* w = scaled + (begin + i) * width;
+        for (int64_t d = 0; d < width; d += 16) {
+          Ints codes[4];
+          for (int64_t r = 0; r < 4; ++r) codes[r] = to_int(load(w + r * width + d) * splat(factor[i + r]));
+          store_signed_bytes(reinterpret_cast<int8_t*>(words + d * 16 + (begin + i) / 4 * 16), codes[0], codes[1], codes[2],
+                             codes[3]);
+        }
+      }
+    }
+    for (int64_t d = 0; d < width; d += 16) {
+      transpose(words + d * 16, 16, reinterpret_cast<int32_t*>(tiles + d / 16 * kTileBytes), 16);
+    }
+    if (width < l.padded_value_channels) std::memset(tiles + width / 16 * kTileBytes, 0, kTileBytes);
+  }
+  return finite;
+}
+
+bool pack_bfloat16_values(const HeadView& v, const uint8_t* valid, const AttentionLayout& l, char* packed, float* scratch) {
+  float* row = scratch;
+  uint16_t* rounded = reinterpret_cast<uint16_t*>(scratch + kMaxChannels);                    // 32 rows
+  int32_t* words = reinterpret_cast<int32_t*>(scratch + kMaxChannels + 32 * kMaxChannels / 2);  // 16 x 16
+  float* scale = reinterpret_cast<float*>(packed + l.value_scale_at);
+  float* addend = reinterpret_cast<float*>(packed + l.addend_at);
+  float* key_inverse = reinterpret_cast<float*>(packed + l.inverse_at);
+  for (int64_t d = 0; d < l.padded_value_channels; ++d) scale[d] = 1.0f;
+  for (int64_t d = 0; d < kMaxChannels; ++d) row[d] = 0.0f;
+  bool finite = true;
+  for (int64_t begin = 0; begin < l.padded_keys; begin += 32) {
+    for (int64_t i = 0; i < 32; ++i) {
+      const int64_t j = begin + i;
+      addend[j] = j < l.keys ? 0.0f : kMinusInfinity;
+      key_inverse[j] = 1.0f;
+      const bool counts = j < l.keys && (valid == nullptr || valid[j] != 0);
+      if (j < l.keys) {
+        load_row(v, j, row);
+        finite = finite && all_finite(row, l.value_channels);
+      }
+      if (!counts) {
+        for (int64_t d = 0; d < l.value_channels; ++d) row[d] = 0.0f;
+      }
+      store_run(reinterpret_cast<char*>(rounded + i * l.padded_value_channels), RFK_BFLOAT16, 1,
+                static_cast<int>(l.padded_value_channels), row);
+    }
+    for (int64_t d = 0; d < l.padded_value_channels; d += 16) {
+      for (int64_t pair = 0; pair < 16; ++pair) {
+        const uint16_t* first = rounded + 2 * pair * l.padded_value_channels + d;
+        const uint16_t* second = first + l.padded_value_channels;
+        for (int64_t i = 0; i < 16; ++i) {
+          words[pair * 16 + i] = static_cast<int32_t>(first[i] | static_cast<uint32_t>(second[i]) << 16);
+        }
+      }
+      char* tile = packed + l.values_at + (begin / 32 * l.padded_value_channels / 16 + d / 16) * kTileBytes;
+      transpose(words, 16, reinterpret_cast<int32_t*>(tile), 16);
+    }
+  }
+  return finite;
+}
+
+}  // namespace
+
+void quantize_keys_values(const HeadView& k, const HeadView& v, const uint8_t* valid, const AttentionLayout& layout,
+                          char* packed, float* scratch) {
+  const bool keys = layout.int8_keys() ? pack_int8_keys(k, valid, layout, packed, scratch)
+                                       : pack_bfloat16_keys(k, layout, packed, scratch);
+  const bool values = layout.int8_values() ? pack_int8_values(v, valid, layout, packed, scratch)
+                                           : pack_bfloat16_values(v, valid, layout, packed, scratch);
+  const int32_t flag = keys && values ? 0 : 1;
+  std::memcpy(packed + layout.flag_at, &flag, sizeof flag);
+}
+
+bool quantize_query_rows(const HeadView& q, int64_t row, int count, const AttentionLayout& l, int8_t* codes,
+                         float* scale, float* scratch) {
+  const int64_t width = round_up(l.rotated, 16);
+  float* x = scratch;
+  float* y = scratch + kMaxChannels;
+  alignas(16) int8_t bytes[kMaxChannels];
+  for (int64_t d = 0; d < kMaxChannels; ++d) x[d] = 0.0f;
+  bool finite = true;
+  for (int i = 0; i < count; ++i) {
+    load_row(q, row + i, x);
+    const float top = reduce_max(rotate_row(x, nullptr, l.rotated, y));
+    finite = finite && top <= 3.0e38f && all_finite(x, l.channels);
+    const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
+    scale[i] = top < kTiny ? 0.0f : top / 127.0f;
+    for (int64_t d = 0; d < width; d += 16) store_low_bytes(bytes + d, to_int(load(y + d) * inverse));
+    std::memcpy(codes + i * l.rotated, bytes, static_cast<size_t>(l.rotated));
+  }
+  return finite;
+}
+
+void quantize_queries(const HeadView& q, int64_t row, int count, const AttentionLayout& l, const float* mean, Queries* out,
+                      float* scratch) {
+  const int64_t width = round_up(l.rotated, 16);
+  const int64_t dwords = l.padded_channels / (l.int8_keys() ? 4 : 2);
+  float* x = scratch;
+  float* y = scratch + kMaxChannels;
+  char* rows = reinterpret_cast<char*>(scratch + 2 * kMaxChannels);  // 32 rows of codes
+  int32_t* turned = reinterpret_cast<int32_t*>(out->codes);
+  std::memset(rows, 0, static_cast<size_t>(kQueryRows * dwords * 4));
+  for (int64_t d = 0; d < kMaxChannels; ++d) x[d] = 0.0f;
+  out->finite = true;
+  for (int i = 0; i < kQueryRows; ++i) out->scale[i] = out->mean_dot[i] = 0.0f;
+  for (int i = 0; i < count; ++i) {
+    char* place = rows + i * dwords * 4;
+    load_row(q, row + i, x);
+    out->finite = out->finite && all_finite(x, l.channels);
+    if (l.int8_keys()) {
+      const float top = reduce_max(rotate_row(x, nullptr, l.rotated, y));
+      out->finite = out->finite && top <= 3.0e38f;
+      const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
+      out->scale[i] = top < kTiny ? 0.0f : top / 127.0f;
+      for (int64_t d = 0; d < width; d += 16) {
+        store_low_bytes(reinterpret_cast<int8_t*>(place + d), to_int(load(y + d) * inverse));
+      }
+    } else {
+      float top = 0.0f;
+      for (int64_t d = 0; d < l.channels; ++d) top = std::fabs(x[d]) > top ? std::fabs(x[d]) : top;
+      out->scale[i] = top;
+      store_run(place, RFK_BFLOAT16, 1, static_cast<int>(l.padded_channels), x);
+    }
+    if (mean != nullptr) {
+      float dot = 0.0f;
+      for (int64_t d = 0; d < l.channels; ++d) dot += x[d] * mean[d];
+      out->mean_dot[i] = dot;
+    }
+  }
+  if (kShiftedQueries && l.int8_keys()) {
+    for (int64_t i = 0; i < kQueryRows * dwords * 4; ++i) rows[i] = static_cast<char>(rows[i] ^ 0x80);
+  }
+  const int32_t* source = reinterpret_cast<const int32_t*>(rows);
+  for (int64_t d = 0; d < dwords; d += 16) {
+    transpose(source + d, dwords, turned + d * kQueryRows, kQueryRows);
+    transpose(source + 16 * dwords + d, dwords, turned + d * kQueryRows + 16, kQueryRows);
+  }
+}
+
+}  // namespace RFK_ISA_NAMESPACE
+}  // namespace rfk

@@ -1,0 +1,77 @@
+// attention.cpp: attention and its quantization on CPU tensors.
+#include "attention.h"
+
+#include <vector>
+
+#include "views.h"
+
+namespace rfk_python {
+namespace {
+
+void quantize_keys(py::object k, py::object v, uintptr_t valid, int32_t scheme, uintptr_t packed) {
+  Call call("quantize");
+  const rfk_tensor* vk = call.tensor(k, "k");
+  const rfk_tensor* vv = call.tensor(v, "v");
+  call.run([&](const rfk_device& device) {
+    return rfk_quantize_keys(&device, vk, vv, reinterpret_cast<const uint8_t*>(valid), scheme,
+                             reinterpret_cast<void*>(packed));
+  });
+}
+
+void quantize_queries(py::object q, int32_t scheme, uintptr_t codes, uintptr_t scale, uintptr_t finite) {
+  Call call("quantize");
+  const rfk_tensor* vq = call.tensor(q, "q");
+  call.run([&](const rfk_device& device) {
+    return rfk_quantize_queries(&device, vq, scheme, reinterpret_cast<int8_t*>(codes), reinterpret_cast<float*>(scale),
+                                reinterpret_cast<uint8_t*>(finite));
+  });
+}
+
+// Returns the heads (batch * heads + head) that the caller must compute another way.
+py::list attention(py::object q, py::object k, py::object v, uintptr_t packed, int64_t keys, int64_t value_channels,
+                   int64_t key_heads, py::object mask, bool causal, double scale, int32_t scheme, py::object out,
+                   py::object lse) {
+  Call call("attention");
+  const rfk_tensor* vq = call.tensor(q, "q");
+  const rfk_tensor* vk = call.tensor(k, "k");
+  const rfk_tensor* vv = call.tensor(v, "v");
+  const rfk_tensor* vm = call.mask(mask, "attn_mask");
+  const rfk_tensor* vo = call.tensor(out, "out");
+  const rfk_tensor* vl = call.tensor(lse, "lse");
+  if (vq == nullptr || vq->ndim != 4) throw py::value_error("attention: q must have 4 dimensions");
+  std::vector<uint8_t> exact(static_cast<size_t>(vq->shape[0] * vq->shape[1]));
+  call.run([&](const rfk_device& device) {
+    return rfk_attention(&device, vq, vk, vv, reinterpret_cast<const void*>(packed), keys, value_channels, key_heads, vm,
+                         causal ? 1 : 0, scale, scheme, vo, vl, exact.data());
+  });
+  py::list heads;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    if (exact[i] != 0) heads.append(i);
+  }
+  return heads;
+}
+
+py::tuple quantized_layout(int32_t scheme, int64_t keys, int64_t channels, int64_t value_channels) {
+  int64_t offsets[9];
+  const int64_t bytes = rfk_quantized_bytes(scheme, keys, channels, value_channels, offsets);
+  const char* names[9] = {"keys",    "values",      "key_scale", "addend", "inverse",
+                          "row_sum", "value_scale", "mean",      "flag"};
+  py::dict places;
+  for (int i = 0; i < 9; ++i) places[names[i]] = offsets[i];
+  return py::make_tuple(bytes, places);
+}
+
+}  // namespace
+
+void define_attention(py::module_& m) {
+  m.def("attention", &attention);
+  m.def("quantize_keys", &quantize_keys);
+  m.def("quantize_queries", &quantize_queries);
+  m.def("quantized_layout", &quantized_layout, "Bytes of one head's quantized keys and values, and its parts' offsets.");
+  m.def("attention_isa", [] {
+    constexpr const char* kNames[RFK_ISA_COUNT] = {"baseline", "avx2", "avx512", "amx"};
+    return std::string(kNames[rfk_attention_isa()]);
+  });
+}
+
+}  // namespace rfk_python
