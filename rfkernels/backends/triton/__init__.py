@@ -15,7 +15,9 @@ import sys
 
 import torch
 
-launches: dict[str, int] = dict.fromkeys(("ode_step", "interpolate", "flow_loss", "random"), 0)
+launches: dict[str, int] = dict.fromkeys(
+    ("ode_step", "interpolate", "flow_loss", "random", "quantize", "attention"), 0
+)
 
 OLDEST = (
     3,
