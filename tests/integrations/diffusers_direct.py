@@ -1,9 +1,9 @@
-"""Models that call torch's function in their own attention processors."""
+"""Image models that call torch's function in their own attention processors."""
 
 from __future__ import annotations
 
 import torch
-from diffusers_family import HEADS, Family, images, padding, steps, text, video
+from diffusers_family import HEADS, Family, images, padding, steps, text
 
 FAMILIES: dict[str, Family] = {
     "SD3": Family(
@@ -73,27 +73,6 @@ FAMILIES: dict[str, Family] = {
         },
         calls=5,
         mask="encoder_attention_mask",
-    ),
-    "CogVideoX": Family(
-        "CogVideoXTransformer3DModel",
-        {
-            **HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 16,
-            "text_embed_dim": 32,
-            "num_layers": 3,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 5,
-            "max_text_seq_length": 7,
-        },
-        lambda: {
-            "hidden_states": torch.randn(2, 2, 4, 8, 8),
-            "encoder_hidden_states": text(),
-            "timestep": steps(),
-        },
-        calls=3,
     ),
     "DiT": Family(
         "DiTTransformer2DModel",
@@ -170,26 +149,6 @@ FAMILIES: dict[str, Family] = {
         },
         calls=4,
     ),
-    "Mochi": Family(
-        "MochiTransformer3DModel",
-        {
-            **HEADS,
-            "in_channels": 4,
-            "num_layers": 3,
-            "pooled_projection_dim": 16,
-            "text_embed_dim": 32,
-            "time_embed_dim": 4,
-            "max_sequence_length": 7,
-        },
-        lambda: {
-            "hidden_states": video(),
-            "encoder_hidden_states": text(),
-            "timestep": steps(),
-            "encoder_attention_mask": padding().bool(),
-        },
-        calls=6,  # one per sample of the batch
-        mask="encoder_attention_mask",
-    ),
     "CogView4": Family(
         "CogView4Transformer2DModel",
         {
@@ -212,30 +171,6 @@ FAMILIES: dict[str, Family] = {
             "crop_coords": torch.zeros(2, 2),
         },
         calls=3,
-    ),
-    "StableAudio": Family(
-        "StableAudioDiTModel",
-        {
-            "sample_size": 16,
-            "in_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "num_key_value_attention_heads": 2,
-            "out_channels": 4,
-            "cross_attention_dim": 32,
-            "time_proj_dim": 8,
-            "global_states_input_dim": 8,
-            "cross_attention_input_dim": 32,
-        },
-        lambda: {
-            "hidden_states": torch.randn(2, 4, 16),
-            "timestep": torch.tensor([0.2, 0.7]),
-            "encoder_hidden_states": text(),
-            "global_hidden_states": torch.randn(2, 1, 8),
-            "rotary_embedding": (torch.ones(17, 8), torch.zeros(17, 8)),
-        },
-        calls=6,
     ),
     "HunyuanDiT": Family(
         "HunyuanDiT2DModel",
@@ -303,5 +238,87 @@ FAMILIES: dict[str, Family] = {
         },
         lambda: {"sample": images(), "timestep": steps()},
         calls=4,
+    ),
+    "HiDream": Family(
+        "HiDreamImageTransformer2DModel",
+        {
+            **HEADS,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "caption_channels": [32, 32],
+            "text_emb_dim": 16,
+            "axes_dims_rope": (8, 4, 4),
+            "max_resolution": (8, 8),
+            "llama_layers": [0, 1, 0, 1],
+            "force_inference_output": True,
+        },
+        lambda: {
+            "hidden_states": images(),
+            "timesteps": steps(),
+            "encoder_hidden_states_t5": text(),
+            "encoder_hidden_states_llama3": torch.randn(2, 2, 7, 32),
+            "pooled_embeds": torch.randn(2, 16),
+        },
+        calls=4,
+    ),
+    "LuminaNext": Family(
+        "LuminaNextDiT2DModel",
+        {
+            "sample_size": 8,
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 8,
+            "cross_attention_dim": 32,
+        },
+        lambda: {
+            "hidden_states": images(),
+            "timestep": torch.tensor([0.2, 0.7]),
+            "encoder_hidden_states": text(),
+            "encoder_mask": padding().bool(),
+            "image_rotary_emb": torch.polar(torch.ones(8, 8, 8), torch.zeros(8, 8, 8)),
+            "cross_attention_kwargs": {},
+        },
+        calls=6,
+        mask="encoder_mask",
+    ),
+    "CogView3Plus": Family(
+        "CogView3PlusTransformer2DModel",
+        {
+            **HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "text_embed_dim": 32,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+        },
+        lambda: {
+            "hidden_states": images(),
+            "encoder_hidden_states": text(),
+            "timestep": steps(),
+            "original_size": torch.tensor([[8, 8]] * 2),
+            "target_size": torch.tensor([[8, 8]] * 2),
+            "crop_coords": torch.zeros(2, 2),
+        },
+        calls=3,
+    ),
+    "Prior": Family(
+        "PriorTransformer",
+        {**HEADS, "num_layers": 3, "embedding_dim": 16, "num_embeddings": 7},
+        lambda: {
+            "hidden_states": torch.randn(2, 16),
+            "timestep": steps(),
+            "proj_embedding": torch.randn(2, 16),
+            "encoder_hidden_states": text(7, 16),
+            "attention_mask": padding().bool(),
+        },
+        calls=3,
+        mask="attention_mask",
     ),
 }

@@ -12,6 +12,7 @@ from conftest import relative
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 import diffusers_direct
+import diffusers_direct_video
 import diffusers_dispatched
 from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention_processor import AttnProcessor
@@ -26,7 +27,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
 ]
 
-FAMILIES = {**diffusers_dispatched.FAMILIES, **diffusers_direct.FAMILIES}
+FAMILIES = {
+    **diffusers_dispatched.FAMILIES,
+    **diffusers_direct.FAMILIES,
+    **diffusers_direct_video.FAMILIES,
+}
 REACHED = {row.cls: row for row in rfd.coverage()}
 BOUND = 0.03  # relative error of a whole model's output; 0.0007 to 0.008 were seen
 
