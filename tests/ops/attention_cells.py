@@ -56,9 +56,9 @@ class AttentionCell:
         """Why this cell cannot run here; None when it can."""
         if self.device == "cuda" and not GPU:
             return "no CUDA device"
-        if self.device == "cuda" and "fp8" in self.scheme:
-            if torch.cuda.get_device_capability() < (8, 9):
-                return "fp8 needs compute capability 8.9"
+        fp8 = self.device == "cuda" and "fp8" in self.scheme
+        if fp8 and torch.cuda.get_device_capability() < (8, 9):
+            return "fp8 needs compute capability 8.9"
         reason = unavailable_reason(self.backend, self.device, "attention")
         if reason is None and self.isa is not None:
             detected = _C.isa_detected()
@@ -113,3 +113,8 @@ CELLS = [_parameter(cell) for cell in ALL]
 def every_cell(test: Callable) -> Callable:
     """Run a test once for every cell that can run here."""
     return pytest.mark.parametrize("cell", CELLS)(test)
+
+
+def available() -> list[AttentionCell]:
+    """The cells that can run here."""
+    return [cell for cell in ALL if cell.reason() is None]

@@ -1,5 +1,6 @@
 """quantize: codes and scales bit for bit against a plain re-implementation in loops, and the life of a QuantizedKV."""
 
+# ruff: noqa: E501  (messages stand on one line)
 from __future__ import annotations
 
 import re
