@@ -149,7 +149,7 @@ def _unwritten(backend: str, op: str) -> str | None:
         return f"the {backend} backend has no {op}"
     if backend == "native" and op in ("quantize", "attention"):
         extension = importlib.import_module("rfkernels._C")
-        if not hasattr(extension, op):
+        if not hasattr(extension, {"quantize": "quantize_keys"}.get(op, op)):
             return f"the compiled extension rfkernels._C is older than {op}; install again"
     return None
 

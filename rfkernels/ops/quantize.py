@@ -37,7 +37,9 @@ class QuantizedKV:
     @property
     def k_mean(self) -> torch.Tensor | None:
         """(B, Hk, D) float32, the mean that was taken off K; None under ``bf16``."""
-        return self.tensors.k_mean
+        if hasattr(self.tensors, "k_mean"):
+            return self.tensors.k_mean
+        return _dispatch.load_backend(self.backend, "quantize").k_mean(self.tensors, self.scheme)
 
 
 def quantize(

@@ -44,6 +44,16 @@ def quantize_q(q: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor
     return codes, scale, finite
 
 
+def k_mean(kv: KV, scheme: str) -> torch.Tensor | None:
+    """(B, Hk, D) float32, the mean that was taken off K; None where none was."""
+    if scheme == "bf16":
+        return None
+    keys, channels, value_channels = kv.shape.tolist()
+    _, places = _C.quantized_layout(scheme_number(scheme), keys, channels, value_channels)
+    at = places["mean"]
+    return kv.packed[..., at : at + 4 * channels].contiguous().view(torch.float32)
+
+
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, scheme: str, valid: torch.Tensor | None) -> KV:
     """Quantize and pack; ``valid`` (B, Hk, Sk) bool marks the keys that count in means and scales, None all."""
     number = scheme_number(scheme)
