@@ -150,6 +150,15 @@ def scale(op: str, value: object, head_dim: int) -> float:
     return value
 
 
+def autocasts(q: object) -> bool:
+    """True where autocast is on for the device of q."""
+    if not isinstance(q, torch.Tensor):
+        return False
+    if q.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return not q.is_meta and torch.is_autocast_enabled(q.device.type)
+
+
 def autocast(*tensors: object) -> tuple[object, ...]:
     """The tensors as autocast hands them to PyTorch's attention: floating ones but float64 in its dtype."""
     first = tensors[0]

@@ -20,7 +20,7 @@ def attend_quantized(
     if v is not None:
         raise TypeError(f"{name}: v must be left out with a QuantizedKV; got {checks.describe(v)}")
     (q,) = checks.heads_first(name, layout, q=q)
-    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+    if checks.autocasts(q):
         q, attn_mask = checks.autocast(q, attn_mask)
     _check(q, kv, enable_gqa, precision)
     scale = checks.scale(name, scale, q.shape[3])

@@ -12,8 +12,6 @@ from rfkernels.ops._attention_route import scheme_of
 from rfkernels.ops._attention_run import decide, early_handover, hand_over, serve
 from rfkernels.ops.quantize import QuantizedKV
 
-_autocast = torch.is_autocast_enabled
-
 
 def attention(
     q: torch.Tensor,
@@ -83,7 +81,7 @@ def attention(
             return handed
     if layout != "bhsd":
         q, k, v = checks.heads_first(name, layout, q=q, k=k, v=v)
-    if isinstance(q, torch.Tensor) and _autocast("cpu" if q.is_cpu else q.device.type):
+    if checks.autocasts(q):
         q, k, v, attn_mask = checks.autocast(q, k, v, attn_mask)
     checks.inputs(name, q, k, v, enable_gqa)
     scale = checks.scale(name, scale, q.shape[3])

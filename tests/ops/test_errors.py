@@ -197,8 +197,67 @@ OTHERS = [
 ]  # fmt: skip
 
 
+Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8)
+
+
+def attention(q=Q, k=K, v=K, **kwargs):
+    return lambda: rf.attention(q, k, v, **kwargs)
+
+
+def varlen(q=Q[0], k=K[0], v=K[0], rows=(0, 4), keys=(0, 4)):
+    as_tensors = [torch.tensor(t) if isinstance(t, tuple) else t for t in (rows, keys)]
+    return lambda: rf.attention_varlen(q, k, v, *as_tensors)
+
+
+ATTENTION = [
+    (attention(q=None), TypeError, "attention: q must be a tensor; got NoneType"),
+    (attention(v=None), TypeError, "attention: v must be a tensor; got NoneType"),
+    (attention(q=Q.numpy(), layout="bshd"), TypeError, "attention: q must be a tensor; got ndarray"),
+    (attention(q=Q[0]), ValueError, "attention: q must have 4 dimensions (batch, heads, length, channels); got shape (4, 5, 8)"),
+    (attention(k=K[0], layout="bshd"), ValueError, "attention: k must have 4 dimensions"),
+    (attention(q=Q.long()), TypeError, "attention: q must be float32, float64, bfloat16 or float16; got torch.int64"),
+    (attention(q=Q.half()), TypeError, "attention: q must have the dtype of k, torch.float32; got torch.float16"),
+    (attention(v=K.half()), TypeError, "attention: v must have the dtype of k, torch.float32; got torch.float16"),
+    (attention(q=Q.to("meta")), ValueError, "attention: q must be on the device of k, cpu; got meta"),
+    (attention(q=Q[:1]), ValueError, "attention: k must have the batch size of q, 1; got 2"),
+    (attention(q=Q[..., :4]), ValueError, "attention: k must have the head size of q, 4; got 8"),
+    (attention(v=K[:, :, :3]), ValueError, "attention: v must have the batch, heads and length of k, (2, 4, 7); got (2, 4, 3)"),
+    (attention(k=K[..., :0], q=Q[..., :0]), ValueError, "attention: k must have at least one channel; got a torch.float32 tensor of shape (2, 4, 7, 0)"),
+    (attention(k=K[:, :2], v=K[:, :2]), ValueError, "attention: k must have the heads of q, 4, unless enable_gqa is True; got 2"),
+    (attention(k=K[:, :3], v=K[:, :3], enable_gqa=True), ValueError, "attention: the heads of q must be a multiple of those of k, 3; got 4"),
+    (attention(q=Q.to_sparse()), TypeError, "attention: q must be a strided tensor; got layout torch.sparse_coo"),
+    (attention(attn_mask=[1]), TypeError, "attention: attn_mask must be a tensor; got list"),
+    (attention(attn_mask=torch.ones(5, 7, dtype=torch.int64)), TypeError, "attention: attn_mask must be bool or floating point; got torch.int64"),
+    (attention(attn_mask=torch.ones(7)), ValueError, "attention: attn_mask must have 2 to 4 dimensions that broadcast to (2, 4, 5, 7); got (7,)"),
+    (attention(attn_mask=torch.ones(3, 5, 7)), ValueError, "attention: attn_mask must have 2 to 4 dimensions that broadcast to (2, 4, 5, 7); got (3, 5, 7)"),
+    (attention(attn_mask=torch.ones(1, 2, 4, 5, 7)), ValueError, "attention: attn_mask must have 2 to 4 dimensions"),
+    (attention(attn_mask=torch.ones(5, 7, device="meta")), ValueError, "attention: attn_mask must be on the device of q, cpu; got meta"),
+    (attention(scale="1"), TypeError, "attention: scale must be a float; got str"),
+    (attention(scale=torch.tensor(1.0)), TypeError, "attention: scale must be a float; got Tensor"),
+    (attention(scale=float("nan")), ValueError, "attention: scale must be finite; got nan"),
+    (attention(is_causal=1), TypeError, "attention: is_causal must be True or False; got 1"),
+    (attention(return_lse=None), TypeError, "attention: return_lse must be True or False; got None"),
+    (attention(layout="hnd"), ValueError, "attention: layout must be one of bhsd, bshd; got 'hnd'"),
+    (attention(precision="int4"), ValueError, "attention: precision must be one of int8, int8_u8, int8_bf16, int8_fp8, fp8, bf16; got 'int4'"),
+    (attention(precision=8), ValueError, "attention: precision must be one of int8"),
+    (attention(precision="fp8"), rf.BackendUnavailableError, "attention: precision 'fp8' has no kernel for cpu here"),
+    (attention(precision="int8_fp8"), rf.BackendUnavailableError, "attention: precision 'int8_fp8' has no kernel for cpu here"),
+    (varlen(q=Q), ValueError, "attention_varlen: q must have 3 dimensions (total, heads, channels); got shape (2, 4, 5, 8)"),
+    (varlen(v=None), TypeError, "attention_varlen: v must be a tensor; got NoneType"),
+    (varlen(v=K[0, :3]), ValueError, "attention_varlen: v must have the length of k, 4; got 3"),
+    (varlen(rows=[0, 4]), TypeError, "attention_varlen: cu_seqlens_q must be an int32 or int64 tensor; got [0, 4]"),
+    (varlen(rows=(0.0, 4.0)), TypeError, "attention_varlen: cu_seqlens_q must be an int32 or int64 tensor; got a torch.float32"),
+    (varlen(rows=torch.zeros(2, 2, dtype=torch.int64)), ValueError, "attention_varlen: cu_seqlens_q must have shape (sequences + 1,); got (2, 2)"),
+    (varlen(rows=(0, 3)), ValueError, "attention_varlen: cu_seqlens_q must rise from 0 to 4; got [0, 3]"),
+    (varlen(keys=(0, 5, 4)), ValueError, "attention_varlen: cu_seqlens_k must rise from 0 to 4; got [0, 5, 4]"),
+    (varlen(keys=(0, 2, 4)), ValueError, "attention_varlen: cu_seqlens_k must have the length of cu_seqlens_q, 2; got 3"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("call", "kind", "text"), [*STEPS, *OTHERS], ids=[case[2][:60] for case in [*STEPS, *OTHERS]]
+    ("call", "kind", "text"),
+    [*STEPS, *OTHERS, *ATTENTION],
+    ids=lambda v: v[:60] if isinstance(v, str) else "",
 )
 def test_message(call, kind, text):
     with pytest.raises(kind, match="^" + re.escape(text)) as caught:
@@ -217,7 +276,17 @@ def test_a_refused_call_with_out_writes_nothing(case):
 
 @pytest.mark.parametrize(
     "function",
-    [rf.euler_step, rf.taylor_step, rf.linear_step, rf.interpolate, rf.flow_loss, rf.randn],
+    [
+        rf.euler_step,
+        rf.taylor_step,
+        rf.linear_step,
+        rf.interpolate,
+        rf.flow_loss,
+        rf.randn,
+        rf.attention,
+        rf.attention_varlen,
+        rf.quantize,
+    ],
 )
 def test_unknown_keywords_are_refused(function):
     with pytest.raises(TypeError, match="unexpected keyword argument 'guidance'"):
