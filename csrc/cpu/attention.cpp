@@ -240,8 +240,8 @@ void finish(const Head& h, int64_t first, int rows, const Floats* reference, con
     store(at, load(at) * inverse0 * scale);
     store(at + 16, load(at + 16) * inverse1 * scale);
   }
-  const int32_t* source = reinterpret_cast<const int32_t*>(w.out);
-  int32_t* target = reinterpret_cast<int32_t*>(w.rows);
+  const float* source = w.out;
+  float* target = w.rows;
   for (int64_t d = 0; d < l.padded_value_channels; d += 16) {
     transpose(source + d * kQueryRows, kQueryRows, target + d, l.padded_value_channels);
     transpose(source + d * kQueryRows + 16, kQueryRows, target + 16 * l.padded_value_channels + d, l.padded_value_channels);

@@ -93,12 +93,9 @@ inline bool turned_bias(const MaskView& mask, int64_t query, int queries, int64_
       good = scale_mask(row, count) && good;
     }
   }
-  alignas(64) int32_t source[32 * 32], target[32 * 32];
-  std::memcpy(source, rows, sizeof rows);
   for (int i = 0; i < 32; i += 16) {
-    for (int j = 0; j < 32; j += 16) transpose(source + 32 * i + j, 32, target + 32 * j + i, 32);
+    for (int j = 0; j < 32; j += 16) transpose(rows + 32 * i + j, 32, bias + 32 * j + i, 32);
   }
-  std::memcpy(bias, target, sizeof target);
   return good;
 }
 

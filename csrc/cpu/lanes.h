@@ -1,6 +1,7 @@
 // lanes.h: sixteen floats or 32-bit integers at a time, on AVX-512, on AVX2 pairs, and as plain loops.
 //
-// Every operation is exactly rounded (fma included) and gives the same bits on each, so that a kernel written on it does too.
+// Every operation is correctly rounded (fma included) and gives the same bits on each, but for the fraction of a number just below
+// an integer: there AVX-512 rounds down and the others to nearest, a difference in the last place.
 // Included inside one ISA level's namespace (RFK_ISA_NAMESPACE).
 #ifndef RFK_CPU_LANES_H_
 #define RFK_CPU_LANES_H_
@@ -37,6 +38,10 @@ struct Ints {
 
 RFK_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
 RFK_INLINE Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+RFK_INLINE Floats load_bfloat16(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
 RFK_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 RFK_INLINE void store(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 RFK_INLINE Floats splat(float a) { return {_mm512_set1_ps(a)}; }
@@ -86,11 +91,14 @@ RFK_INLINE Floats butterfly(Floats x) {
   if constexpr (H == 4) other = _mm512_shuffle_f32x4(x.v, x.v, 0xB1);
   if constexpr (H == 8) other = _mm512_shuffle_f32x4(x.v, x.v, 0x4E);
   constexpr int kUpper = H == 1 ? 0xAAAA : H == 2 ? 0xCCCC : H == 4 ? 0xF0F0 : 0xFF00;
-  return {_mm512_mask_sub_ps(_mm512_add_ps(other, x.v), static_cast<__mmask16>(kUpper), other, x.v)};
+  const __m512 sign = _mm512_mask_blend_ps(static_cast<__mmask16>(kUpper), _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  return {_mm512_fmadd_ps(x.v, sign, other)};  // one rounding, of the sum or the difference
 }
 
 // A 16 x 16 block of dwords: rows `source_stride` dwords apart to rows `target_stride` apart, transposed.
-RFK_INLINE void transpose(const int32_t* source, int64_t source_stride, int32_t* target, int64_t target_stride) {
+template <class T>
+RFK_INLINE void transpose(const T* source, int64_t source_stride, T* target, int64_t target_stride) {
+  static_assert(sizeof(T) == 4, "dwords");
   __m512i r[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(source + i * source_stride);
@@ -137,6 +145,13 @@ RFK_INLINE Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_load
 RFK_INLINE Ints load(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+RFK_INLINE Floats load_bfloat16(const uint16_t* p) {
+  const auto eight = [](const uint16_t* place) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(place));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  };
+  return {eight(p), eight(p + 8)};
 }
 RFK_INLINE void store(float* p, Floats x) {
   _mm256_storeu_ps(p, x.a);
@@ -235,7 +250,9 @@ RFK_INLINE Floats butterfly(Floats x) {
   return {half(x.a), half(x.b)};
 }
 
-RFK_INLINE void transpose(const int32_t* source, int64_t source_stride, int32_t* target, int64_t target_stride) {
+template <class T>
+RFK_INLINE void transpose(const T* source, int64_t source_stride, T* target, int64_t target_stride) {
+  static_assert(sizeof(T) == 4, "dwords");
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 16; ++j) target[j * target_stride + i] = source[i * source_stride + j];
   }
@@ -264,6 +281,14 @@ RFK_INLINE Floats load(const float* p) {
 RFK_INLINE Ints load(const int32_t* p) {
   Ints r;
   std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+RFK_INLINE Floats load_bfloat16(const uint16_t* p) {
+  Floats r;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
   return r;
 }
 RFK_INLINE void store(float* p, Floats a) { std::memcpy(p, a.v, sizeof a.v); }
@@ -346,7 +371,9 @@ template <int H>
 RFK_INLINE Floats butterfly(Floats x) {
   return each([&](int i) { return (i & H) != 0 ? x.v[i - H] - x.v[i] : x.v[i] + x.v[i + H]; });
 }
-RFK_INLINE void transpose(const int32_t* source, int64_t source_stride, int32_t* target, int64_t target_stride) {
+template <class T>
+RFK_INLINE void transpose(const T* source, int64_t source_stride, T* target, int64_t target_stride) {
+  static_assert(sizeof(T) == 4, "dwords");
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 16; ++j) target[j * target_stride + i] = source[i * source_stride + j];
   }

@@ -30,18 +30,33 @@ constexpr Signs make_signs() {
 }
 constexpr Signs kSigns = make_signs();  // constexpr: an initialiser of this level must not run on a lesser CPU
 
-void load_row(const HeadView& view, int64_t row, float* out) {
-  load_run(view.data + row * view.row_bytes, view.dtype, view.channel_stride, static_cast<int>(view.channels), out);
+// Sixteen channels from `channel` of a contiguous row, where the storage type allows that at once.
+RFK_INLINE bool vector_rows(const HeadView& view) {
+  return view.channel_stride == 1 && view.channels % kLanes == 0 &&
+         (view.dtype == RFK_FLOAT32 || view.dtype == RFK_BFLOAT16);
+}
+RFK_INLINE Floats load_vector(const HeadView& view, int64_t row, int64_t channel) {
+  const char* p = view.data + row * view.row_bytes;
+  return view.dtype == RFK_FLOAT32 ? load(reinterpret_cast<const float*>(p) + channel)
+                                   : load_bfloat16(reinterpret_cast<const uint16_t*>(p) + channel);
 }
 
-// The unnormalised Walsh-Hadamard transform of `vectors` * 16 values, or of the first `length` of 16.
+RFK_INLINE void load_row(const HeadView& view, int64_t row, float* out) {
+  if (vector_rows(view)) {
+    for (int64_t d = 0; d < view.channels; d += kLanes) store(out + d, load_vector(view, row, d));
+  } else {
+    load_run(view.data + row * view.row_bytes, view.dtype, view.channel_stride, static_cast<int>(view.channels), out);
+  }
+}
+
+// The unnormalised Walsh-Hadamard transform of V * 16 values, or of the first `length` of 16.
 template <int V>
 RFK_INLINE void hadamard(Floats* x, int64_t length) {
   for (int i = 0; i < V; ++i) {
-    if (length >= 2) x[i] = butterfly<1>(x[i]);
-    if (length >= 4) x[i] = butterfly<2>(x[i]);
-    if (length >= 8) x[i] = butterfly<4>(x[i]);
-    if (length >= 16) x[i] = butterfly<8>(x[i]);
+    if (V > 1 || length >= 2) x[i] = butterfly<1>(x[i]);
+    if (V > 1 || length >= 4) x[i] = butterfly<2>(x[i]);
+    if (V > 1 || length >= 8) x[i] = butterfly<4>(x[i]);
+    if (V > 1 || length >= 16) x[i] = butterfly<8>(x[i]);
   }
   for (int h = 1; h < V; h *= 2) {
     for (int i = 0; i < V; i += 2 * h) {
@@ -82,10 +97,29 @@ Floats rotate_row(const float* x, const float* mean, int64_t length, float* y) {
   }
 }
 
-bool all_finite(const float* x, int64_t n) {
-  float sum = 0.0f;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * 0.0f;
+RFK_INLINE bool all_zero(Floats a) {
+  float values[kLanes], sum = 0.0f;
+  store(values, a);
+  for (int i = 0; i < kLanes; ++i) sum += values[i];
   return sum == 0.0f;
+}
+
+// x is zero padded to a multiple of 16.
+RFK_INLINE bool all_finite(const float* x, int64_t n) {
+  Floats sum = splat(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load(x + i), splat(0.0f), sum);
+  return all_zero(sum);
+}
+
+// Channels [channel, channel + 16 * V) of 64 keys added up in order.
+template <int V>
+RFK_INLINE void sum_vectors(const HeadView& k, int64_t begin, int64_t end, int64_t channel, float* block) {
+  Floats sum[V];
+  for (int i = 0; i < V; ++i) sum[i] = splat(0.0f);
+  for (int64_t j = begin; j < end; ++j) {
+    for (int i = 0; i < V; ++i) sum[i] = sum[i] + load_vector(k, j, channel + 16 * i);
+  }
+  for (int i = 0; i < V; ++i) store(block + channel + 16 * i, sum[i]);
 }
 
 // Mean over the valid keys into mean[channels]; false when an input is not finite.
@@ -95,17 +129,26 @@ bool mean_of_keys(const HeadView& k, const uint8_t* valid, int64_t keys, float* 
   double total[kMaxChannels] = {};
   int64_t count = 0;
   bool finite = true;
+  for (int64_t d = 0; d < kMaxChannels; ++d) row[d] = block[d] = 0.0f;
+  const bool vectors = valid == nullptr && vector_rows(k);
   for (int64_t begin = 0; begin < keys; begin += kKeyGroup) {
     const int64_t end = begin + kKeyGroup < keys ? begin + kKeyGroup : keys;
-    for (int64_t d = 0; d < k.channels; ++d) block[d] = 0.0f;
-    for (int64_t j = begin; j < end; ++j) {
-      load_row(k, j, row);
-      if (valid != nullptr && valid[j] == 0) {
-        finite = finite && all_finite(row, k.channels);
-        continue;
+    if (vectors) {
+      count += end - begin;
+      int64_t d = 0;
+      for (; d + 64 <= k.channels; d += 64) sum_vectors<4>(k, begin, end, d, block);
+      for (; d < k.channels; d += 16) sum_vectors<1>(k, begin, end, d, block);
+    } else {
+      for (int64_t d = 0; d < k.channels; ++d) block[d] = 0.0f;
+      for (int64_t j = begin; j < end; ++j) {
+        load_row(k, j, row);
+        if (valid != nullptr && valid[j] == 0) {
+          finite = finite && all_finite(row, k.channels);
+          continue;
+        }
+        ++count;
+        for (int64_t d = 0; d < k.channels; ++d) block[d] += row[d];
       }
-      ++count;
-      for (int64_t d = 0; d < k.channels; ++d) block[d] += row[d];
     }
     for (int64_t d = 0; d < k.channels; ++d) total[d] += static_cast<double>(block[d]);
   }
@@ -118,12 +161,8 @@ bool mean_of_keys(const HeadView& k, const uint8_t* valid, int64_t keys, float* 
 // Row sums of sixteen rows of sixteen floats, or their largest values.
 template <class Combine>
 RFK_INLINE Floats across_rows(const float* rows, const Combine& combine) {
-  alignas(64) int32_t turned[256];
-  alignas(64) int32_t bits[256];
-  std::memcpy(bits, rows, sizeof bits);
-  transpose(bits, 16, turned, 16);
   alignas(64) float values[256];
-  std::memcpy(values, turned, sizeof values);
+  transpose(rows, 16, values, 16);
   Floats result = load(values);
   for (int i = 1; i < 16; ++i) result = combine(result, load(values + 16 * i));
   return result;
@@ -181,6 +220,19 @@ bool pack_int8_keys(const HeadView& k, const uint8_t* valid, const AttentionLayo
   return finite;
 }
 
+// Whether a row is finite whose rotation has the largest magnitude `top`: each rotated value is a sum over the whole row, so that
+// beyond one vector no maximum can pass over a NaN.
+RFK_INLINE bool finite_row(const float* x, float top, const AttentionLayout& l) {
+  return top <= 3.0e38f && (l.rotated > kLanes || all_finite(x, l.channels));
+}
+
+// x is zero padded to a multiple of 16.
+RFK_INLINE float largest_magnitude(const float* x, int64_t n) {
+  Floats top = splat(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) top = max(top, abs(load(x + i)));
+  return reduce_max(top);
+}
+
 bool pack_bfloat16_keys(const HeadView& k, const AttentionLayout& l, char* packed, float* scratch) {
   float* row = scratch;
   float* scale = reinterpret_cast<float*>(packed + l.key_scale_at);
@@ -195,7 +247,7 @@ bool pack_bfloat16_keys(const HeadView& k, const AttentionLayout& l, char* packe
       load_row(k, j, row);
       finite = finite && all_finite(row, l.channels);
       float& top = scale[j / kKeyGroup];
-      for (int64_t d = 0; d < l.channels; ++d) top = std::fabs(row[d]) > top ? std::fabs(row[d]) : top;
+      top = std::fmax(top, largest_magnitude(row, l.channels));
     } else {
       for (int64_t d = 0; d < l.channels; ++d) row[d] = 0.0f;
     }
@@ -221,18 +273,31 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
   {
     Floats largest[kMaxChannels / 16], spoiled = splat(0.0f);
     for (int64_t i = 0; i < width / 16; ++i) largest[i] = splat(0.0f);
-    for (int64_t j = 0; j < l.keys; ++j) {
-      load_row(v, j, row);
-      const bool counts = valid == nullptr || valid[j] != 0;
-      for (int64_t i = 0; i < width / 16; ++i) {
-        const Floats x = load(row + 16 * i);
-        spoiled = fma(x, splat(0.0f), spoiled);
-        if (counts) largest[i] = max(largest[i], abs(x));
+    if (valid == nullptr && vector_rows(v)) {
+      for (int64_t begin = 0; begin < l.keys; begin += kKeyGroup) {
+        const int64_t end = begin + kKeyGroup < l.keys ? begin + kKeyGroup : l.keys;
+        for (int64_t i = 0; i < width / 16; ++i) {
+          Floats top = largest[i];
+          for (int64_t j = begin; j < end; ++j) {
+            const Floats x = load_vector(v, j, 16 * i);
+            spoiled = fma(x, splat(0.0f), spoiled);
+            top = max(top, abs(x));
+          }
+          largest[i] = top;
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < l.keys; ++j) {
+        load_row(v, j, row);
+        const bool counts = valid == nullptr || valid[j] != 0;
+        for (int64_t i = 0; i < width / 16; ++i) {
+          const Floats x = load(row + 16 * i);
+          spoiled = fma(x, splat(0.0f), spoiled);
+          if (counts) largest[i] = max(largest[i], abs(x));
+        }
       }
     }
-    float check[16];
-    store(check, spoiled);
-    finite = all_finite(check, 16);
+    finite = all_zero(spoiled);
     for (int64_t i = 0; i < width / 16; ++i) store(inverse + 16 * i, largest[i]);
   }
   for (int64_t d = 0; d < l.padded_value_channels; ++d) {
@@ -286,7 +351,7 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
   return finite;
 }
 
-bool pack_bfloat16_values(const HeadView& v, const uint8_t* valid, const AttentionLayout& l, char* packed, float* scratch) {
+bool pack_bfloat16_values(const HeadView& v, const AttentionLayout& l, char* packed, float* scratch) {
   float* row = scratch;
   uint16_t* rounded = reinterpret_cast<uint16_t*>(scratch + kMaxChannels);                    // 32 rows
   int32_t* words = reinterpret_cast<int32_t*>(scratch + kMaxChannels + 32 * kMaxChannels / 2);  // 16 x 16
@@ -301,12 +366,10 @@ bool pack_bfloat16_values(const HeadView& v, const uint8_t* valid, const Attenti
       const int64_t j = begin + i;
       addend[j] = j < l.keys ? 0.0f : kMinusInfinity;
       key_inverse[j] = 1.0f;
-      const bool counts = j < l.keys && (valid == nullptr || valid[j] != 0);
       if (j < l.keys) {
         load_row(v, j, row);
         finite = finite && all_finite(row, l.value_channels);
-      }
-      if (!counts) {
+      } else {
         for (int64_t d = 0; d < l.value_channels; ++d) row[d] = 0.0f;
       }
       store_run(reinterpret_cast<char*>(rounded + i * l.padded_value_channels), RFK_BFLOAT16, 1,
@@ -334,7 +397,7 @@ void quantize_keys_values(const HeadView& k, const HeadView& v, const uint8_t* v
   const bool keys = layout.int8_keys() ? pack_int8_keys(k, valid, layout, packed, scratch)
                                        : pack_bfloat16_keys(k, layout, packed, scratch);
   const bool values = layout.int8_values() ? pack_int8_values(v, valid, layout, packed, scratch)
-                                           : pack_bfloat16_values(v, valid, layout, packed, scratch);
+                                           : pack_bfloat16_values(v, layout, packed, scratch);
   const int32_t flag = keys && values ? 0 : 1;
   std::memcpy(packed + layout.flag_at, &flag, sizeof flag);
 }
@@ -350,7 +413,7 @@ bool quantize_query_rows(const HeadView& q, int64_t row, int count, const Attent
   for (int i = 0; i < count; ++i) {
     load_row(q, row + i, x);
     const float top = reduce_max(rotate_row(x, nullptr, l.rotated, y));
-    finite = finite && top <= 3.0e38f && all_finite(x, l.channels);
+    finite = finite && finite_row(x, top, l);
     const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
     scale[i] = top < kTiny ? 0.0f : top / 127.0f;
     for (int64_t d = 0; d < width; d += 16) store_low_bytes(bytes + d, to_int(load(y + d) * inverse));
@@ -374,19 +437,17 @@ void quantize_queries(const HeadView& q, int64_t row, int count, const Attention
   for (int i = 0; i < count; ++i) {
     char* place = rows + i * dwords * 4;
     load_row(q, row + i, x);
-    out->finite = out->finite && all_finite(x, l.channels);
     if (l.int8_keys()) {
       const float top = reduce_max(rotate_row(x, nullptr, l.rotated, y));
-      out->finite = out->finite && top <= 3.0e38f;
+      out->finite = out->finite && finite_row(x, top, l);
       const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
       out->scale[i] = top < kTiny ? 0.0f : top / 127.0f;
       for (int64_t d = 0; d < width; d += 16) {
         store_low_bytes(reinterpret_cast<int8_t*>(place + d), to_int(load(y + d) * inverse));
       }
     } else {
-      float top = 0.0f;
-      for (int64_t d = 0; d < l.channels; ++d) top = std::fabs(x[d]) > top ? std::fabs(x[d]) : top;
-      out->scale[i] = top;
+      out->finite = out->finite && all_finite(x, l.channels);
+      out->scale[i] = largest_magnitude(x, l.channels);
       store_run(place, RFK_BFLOAT16, 1, static_cast<int>(l.padded_channels), x);
     }
     if (mean != nullptr) {

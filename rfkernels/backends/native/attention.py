@@ -1,4 +1,7 @@
-"""Attention by the compiled CPU kernels: AMX, AVX-512 VNNI, AVX2 or portable code, the same bits from each for ``int8_u8``."""
+"""Attention by the compiled CPU kernels: AMX, AVX-512 VNNI, AVX2 or portable code.
+
+The int8 codes and integer sums are the same on each; outputs of ``int8_u8`` differ in the last place at most.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,7 @@ def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int
     """See ``rfkernels.backends.reference.attention``; heads that the kernels must not serve take PyTorch's attention."""
     number = scheme_number(scheme)
     if kv is None:
-        exact = _C.attention(
-            q, k, v, 0, 0, 0, 0, attn_mask, is_causal, scale, number, out, lse
-        )
+        exact = _C.attention(q, k, v, 0, 0, 0, 0, attn_mask, is_causal, scale, number, out, lse)
     else:
         keys, _, value_channels = kv.shape.tolist()
         heads = kv.packed.shape[1]
