@@ -24,7 +24,7 @@ def _current(module: nn.Module) -> str | None:
     if isinstance(module, DiTBlock):
         return module.attention
     if processors.kind_of(module) in processors.KINDS:
-        return processors.precision_of(module.processor)
+        return processors.options_of(module.processor)[0]
     if transformers.is_attention(module):
         return transformers.layer_precision(module)
     return None
@@ -34,7 +34,8 @@ def _set(module: nn.Module, precision: str) -> None:
     if isinstance(module, DiTBlock):
         module.attention = precision
     elif processors.kind_of(module) in processors.KINDS:
-        set_layer(module, precision)
+        training = processors.options_of(module.processor)[1]
+        set_layer(module, precision, training)
     else:
         transformers.set_layer_precision(module, precision)
 

@@ -244,6 +244,11 @@ def test_the_newest_patch_decides_and_any_may_be_undone_first(kernel):
     assert kernel.calls("bf16") == 1
     inner.disable()
     assert F.scaled_dot_product_attention is TORCH
+    patches = [integrations.sdpa(p).enable() for p in ("int8", "bf16", "int8_bf16")]
+    for precision in ("int8_bf16", "bf16", "int8"):
+        F.scaled_dot_product_attention(q, k, v)
+        assert kernel.calls(precision) == 1
+        patches.pop().disable()
     with integrations.sdpa("int8"):
         with integrations.sdpa("bf16"):
             pass

@@ -23,7 +23,7 @@ from rfkernels.integrations.code_names import called_names
 from rfkernels.integrations.routing import RouteCounts
 from rfkernels.integrations.sdpa_mode import SdpaMode
 
-__all__ = ["COUNTS", "KINDS", "install", "kind_of", "original_of", "precision_of", "restore"]
+__all__ = ["COUNTS", "KINDS", "install", "kind_of", "options_of", "original_of", "restore"]
 
 COUNTS = RouteCounts()  # of every diffusers layer, of both kinds
 # What decides how a layer is covered; see `kind_of`.
@@ -40,9 +40,9 @@ def original_of(processor: Any) -> Any:
     return getattr(processor, _ORIGINAL, processor)
 
 
-def precision_of(processor: Any) -> str:
-    """The precision that `install` gave the processor, or "sdpa"."""
-    return getattr(processor, _PRECISION, "sdpa")
+def options_of(processor: Any) -> tuple[str, bool]:
+    """(precision, training) that `install` gave the processor, or ("sdpa", False)."""
+    return getattr(processor, _OPTIONS, ("sdpa", False))
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -74,7 +74,7 @@ def _routed_class(cls: type) -> type:
 
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with SdpaMode(*getattr(self, _OPTIONS), COUNTS):
+        with SdpaMode(*options_of(self), COUNTS):
             return cls.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -104,10 +104,9 @@ def install(module: nn.Module, precision: str, training: bool, backend: object) 
         new._attention_backend = backend
     else:
         new.__class__ = _routed_class(type(original))
-        setattr(new, _OPTIONS, (precision, training))
     # object.__setattr__: a processor that is an nn.Module must not list the original as its child.
     object.__setattr__(new, _ORIGINAL, original)
-    setattr(new, _PRECISION, precision)
+    setattr(new, _OPTIONS, (precision, training))
     module.processor = new
     return kind
 
