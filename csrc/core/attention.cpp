@@ -1,5 +1,6 @@
 // attention.cpp: the C ABI of quantize and attention. Validates arguments, so that no kernel reads out of bounds, then hands them to the
 // kernels of the instruction set level.
+#include "core/attention_checks.h"
 #include "core/attention_layout.h"
 #include "core/status.h"
 #include "cpu/attention_ops.h"
@@ -8,6 +9,9 @@
 namespace {
 
 using rfk::set_error;
+using rfk::valid_channels;
+using rfk::valid_heads;
+using rfk::valid_pair;
 
 const rfk::AttentionOps& attention_ops(rfk_op op) {
   const int32_t isa = rfk_attention_isa();
@@ -30,51 +34,6 @@ bool known_scheme(const char* op, int32_t scheme) {
   if (scheme >= RFK_ATTENTION_INT8_U8 && scheme <= RFK_ATTENTION_BF16) return true;
   set_error("%s: unknown scheme %d", op, scheme);
   return false;
-}
-
-// A (B, H, S, D) tensor of floats (masks: or bools).
-bool valid_heads(const char* op, const char* name, const rfk_tensor* t, int32_t ndim = 4, bool boolean = false) {
-  if (t == nullptr || t->ndim != ndim) {
-    set_error("%s: %s must have %d dimensions", op, name, ndim);
-    return false;
-  }
-  if ((t->dtype < RFK_FLOAT32 || t->dtype > RFK_FLOAT16) && !(boolean && t->dtype == RFK_BOOL)) {
-    set_error("%s: %s has dtype %d, which these kernels do not take", op, name, t->dtype);
-    return false;
-  }
-  int64_t numel = 1;
-  for (int32_t d = 0; d < ndim; ++d) {
-    if (t->shape[d] < 0) {
-      set_error("%s: %s has a negative size", op, name);
-      return false;
-    }
-    numel *= t->shape[d];
-  }
-  if (t->data == nullptr && numel > 0) {
-    set_error("%s: %s has elements but no memory", op, name);
-    return false;
-  }
-  return true;
-}
-
-bool valid_channels(const char* op, const char* name, int64_t channels) {
-  if (channels >= 1 && channels <= RFK_MAX_CHANNELS) return true;
-  set_error("%s: %s must have 1 to %d channels a head; got %lld", op, name, RFK_MAX_CHANNELS, static_cast<long long>(channels));
-  return false;
-}
-
-bool valid_pair(const char* op, const rfk_tensor* k, const rfk_tensor* v) {
-  if (!valid_heads(op, "k", k) || !valid_heads(op, "v", v) || !valid_channels(op, "k", k->shape[3]) ||
-      !valid_channels(op, "v", v->shape[3])) {
-    return false;
-  }
-  for (int d = 0; d < 3; ++d) {
-    if (k->shape[d] != v->shape[d]) {
-      set_error("%s: k and v must have the same batch, heads and keys", op);
-      return false;
-    }
-  }
-  return true;
 }
 
 bool own_memory(const char* op, const char* name, const rfk_tensor* t) {

@@ -34,6 +34,14 @@ rfk_status flow_loss(const rfk_device& device, const rfk_tensor& prediction, con
 
 rfk_status random(const rfk_device& device, const rfk_noise& noise, int distribution, const rfk_tensor& out);
 
+rfk_status quantize_queries(const rfk_device& device, const rfk_tensor& q, bool e4m3, uint8_t* codes, float* scale,
+                            uint8_t* finite);
+
+// v NULL: keys only. workspace: quantize_workspace bytes.
+rfk_status quantize_keys(const rfk_device& device, const rfk_tensor& k, const rfk_tensor* v, const rfk_tensor* valid,
+                         bool e4m3_keys, bool e4m3_values, const rfk_quantized_heads& out, void* workspace);
+int64_t quantize_workspace(int64_t pairs, int64_t keys, int64_t channels, int64_t value_channels);
+
 // The architectures compiled into this binary, e.g. "80;90a;100;120+PTX".
 const char* archs();
 

@@ -145,11 +145,14 @@ RFK_API void rfk_philox4x32(const uint32_t counter[4], const uint32_t key[2], ui
 
 /* quantize and attention ----------------------------------------------------------------------------------------- */
 
-/* What is quantized to what: rfkernels/backends/attention_schemes.py. These run on the CPU. */
+/* What is quantized to what: rfkernels/backends/attention_schemes.py. The e4m3 schemes are quantized on CUDA only; attention runs on the
+ * CPU. */
 typedef enum {
   RFK_ATTENTION_INT8_U8 = 0,   /* Q, K int8; P uint8 and V int8 with a scale per key */
   RFK_ATTENTION_INT8_BF16 = 1, /* Q, K int8; P and V bfloat16 */
-  RFK_ATTENTION_BF16 = 2       /* all bfloat16 */
+  RFK_ATTENTION_BF16 = 2,      /* all bfloat16 */
+  RFK_ATTENTION_INT8_FP8 = 3,  /* Q, K int8; P and V e4m3 */
+  RFK_ATTENTION_FP8 = 4        /* all e4m3 */
 } rfk_attention_scheme;
 
 #define RFK_MAX_CHANNELS 256 /* of a head */
@@ -164,9 +167,33 @@ RFK_API rfk_status rfk_quantize_keys(const rfk_device* device, const rfk_tensor*
                                      int32_t scheme, void* packed);
 
 /* q (B, H, S, D) to codes (B, H, S, power of two >= D) and scale (B, H, S), the same codes that attention makes for itself; finite (B, H)
- * receives 0 for heads with a NaN or an infinity. CPU, int8 schemes. */
+ * receives 0 for heads with a NaN or an infinity. CPU, int8_u8 and int8_bf16. */
 RFK_API rfk_status rfk_quantize_queries(const rfk_device* device, const rfk_tensor* q, int32_t scheme, int8_t* codes,
                                         float* scale, uint8_t* finite);
+
+/* The same on CUDA, for RFK_ATTENTION_INT8_BF16, _INT8_FP8 and _FP8 (e4m3 codes): rows with a NaN or an infinity get a NaN scale, and
+ * finite (or NULL) is left alone but for 0 at such heads. codes: 8-byte aligned. One launch. */
+RFK_API rfk_status rfk_quantize_queries_cuda(const rfk_device* device, const rfk_tensor* q, int32_t scheme, void* codes,
+                                             float* scale, uint8_t* finite);
+
+/* Quantized keys and values on CUDA, contiguous. Dp: the power of two >= D. */
+typedef struct {
+  void* codes;        /* (B, H, S, Dp) int8 or e4m3; 8-byte aligned */
+  float* scale;       /* (B, H, ceil(S / 64)); NaN where the block holds a NaN or an infinity */
+  float* mean;        /* (B, H, D), 16-byte aligned */
+  void* value_codes;  /* e4m3: (B, H, Dv, S rounded up to 128), zero filled; else (B, H, S, Dv) bfloat16, or NULL: checked only.
+                         16-byte aligned */
+  float* value_scale; /* (B, H, Dv), e4m3 only; NaN as above */
+  uint8_t* finite;    /* (B, H): 1 where all of k and v is finite, else 0; or NULL */
+} rfk_quantized_heads;
+
+/* k and v (NULL: keys only; else of the dtype of k) on CUDA, float32, bfloat16 or float16; valid: (B, H, S) RFK_BOOL of any strides, keys
+ * that count in means and scales (the others get codes 0), or NULL. workspace: rfk_quantize_workspace bytes on the device, 256-byte
+ * aligned. Three launches on the stream, no synchronisation. */
+RFK_API int64_t rfk_quantize_workspace(int64_t batch_heads, int64_t keys, int64_t channels, int64_t value_channels);
+RFK_API rfk_status rfk_quantize_keys_cuda(const rfk_device* device, const rfk_tensor* k, const rfk_tensor* v,
+                                          const rfk_tensor* valid, int32_t scheme, const rfk_quantized_heads* out,
+                                          void* workspace);
 
 /* out = softmax(scale Q K^T + mask) V, float32 inside. q (B, Hq, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), Hq a multiple of Hk; or
  * packed keys and values (k, v NULL; keys, value_channels and key_heads tell their shape). mask: (B, Hq, Sq, Sk) bool or float, strides

@@ -209,6 +209,17 @@ void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t bl
   }
 }
 
+// Shuffles of `count` numbers at once: a barrier switches every fiber.
+inline float rows[1024][16];
+
+inline void exchange(const float* values, int count, int lanes, float* received) {
+  const int self = running;
+  std::memcpy(rows[self], values, sizeof(float) * static_cast<size_t>(count));
+  barrier();
+  std::memcpy(received, rows[self ^ lanes], sizeof(float) * static_cast<size_t>(count));
+  barrier();
+}
+
 template <class T>
 T shuffle(T value, int source) {
   const int self = running;
@@ -223,6 +234,7 @@ T shuffle(T value, int source) {
 
 #define RFK_DYNAMIC_SHARED(Type, name) Type* const name = reinterpret_cast<Type*>(emulation::dynamic_shared.data())
 
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline void __syncthreads() { emulation::barrier(); }
 
 // Stricter than the device: every thread of the block has to take part.
