@@ -80,6 +80,21 @@ def attention(
 ) -> list[int]: ...
 def quantize_keys(k: Tensor, v: Tensor, valid: int, scheme: int, packed: int, /) -> None: ...
 def quantize_queries(q: Tensor, scheme: int, codes: int, scale: int, finite: int, /) -> None: ...
+def quantize_keys_cuda(
+    k: Tensor,
+    v: Tensor | None,
+    valid: Tensor | None,
+    scheme: int,
+    codes: int,
+    scale: int,
+    mean: int,
+    value_codes: int,
+    value_scale: int,
+    finite: int,
+    workspace: int,
+    /,
+) -> None: ...
+def quantize_workspace(batch_heads: int, keys: int, channels: int, value_channels: int, /) -> int: ...
 def quantized_layout(
     scheme: int, keys: int, channels: int, value_channels: int, /
 ) -> tuple[int, dict[str, int]]: ...

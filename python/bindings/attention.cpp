@@ -22,8 +22,27 @@ void quantize_queries(py::object q, int32_t scheme, uintptr_t codes, uintptr_t s
   Call call("quantize");
   const rfk_tensor* vq = call.tensor(q, "q");
   call.run([&](const rfk_device& device) {
-    return rfk_quantize_queries(&device, vq, scheme, reinterpret_cast<int8_t*>(codes), reinterpret_cast<float*>(scale),
-                                reinterpret_cast<uint8_t*>(finite));
+    auto* const scales = reinterpret_cast<float*>(scale);
+    auto* const flags = reinterpret_cast<uint8_t*>(finite);
+    if (device.type == RFK_CUDA) {
+      return rfk_quantize_queries_cuda(&device, vq, scheme, reinterpret_cast<void*>(codes), scales, flags);
+    }
+    return rfk_quantize_queries(&device, vq, scheme, reinterpret_cast<int8_t*>(codes), scales, flags);
+  });
+}
+
+void quantize_keys_cuda(py::object k, py::object v, py::object valid, int32_t scheme, uintptr_t codes, uintptr_t scale,
+                        uintptr_t mean, uintptr_t value_codes, uintptr_t value_scale, uintptr_t finite,
+                        uintptr_t workspace) {
+  Call call("quantize");
+  const rfk_tensor* vk = call.tensor(k, "k");
+  const rfk_tensor* vv = call.tensor(v, "v");
+  const rfk_tensor* vm = call.mask(valid, "valid");
+  const rfk_quantized_heads out = {reinterpret_cast<void*>(codes),        reinterpret_cast<float*>(scale),
+                                   reinterpret_cast<float*>(mean),        reinterpret_cast<void*>(value_codes),
+                                   reinterpret_cast<float*>(value_scale), reinterpret_cast<uint8_t*>(finite)};
+  call.run([&](const rfk_device& device) {
+    return rfk_quantize_keys_cuda(&device, vk, vv, vm, scheme, &out, reinterpret_cast<void*>(workspace));
   });
 }
 
@@ -67,6 +86,8 @@ void define_attention(py::module_& m) {
   m.def("attention", &attention);
   m.def("quantize_keys", &quantize_keys);
   m.def("quantize_queries", &quantize_queries);
+  m.def("quantize_keys_cuda", &quantize_keys_cuda);
+  m.def("quantize_workspace", &rfk_quantize_workspace, "Bytes of device memory that quantize_keys_cuda needs meanwhile.");
   m.def("quantized_layout", &quantized_layout, "Bytes of one head's quantized keys and values, and its parts' offsets.");
   m.def("attention_isa", [] {
     constexpr const char* kNames[RFK_ISA_COUNT] = {"baseline", "avx2", "avx512", "amx"};

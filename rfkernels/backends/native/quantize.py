@@ -1,4 +1,5 @@
-"""Quantized keys and values by the compiled CPU kernels, packed in the order in which the attention kernel reads them."""
+"""Quantized keys and values by the compiled kernels: on the CPU packed in the order in which the attention kernel reads
+them, on CUDA in the reference's layouts."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 
 from rfkernels import _C
 from rfkernels._errors import BackendUnavailableError
+from rfkernels.backends.native import quantize_cuda
 
 SCHEMES = {"int8_u8": 0, "int8_bf16": 1, "bf16": 2}  # rfk_attention_scheme
 
@@ -34,6 +36,8 @@ def scheme_number(scheme: str) -> int:
 
 def quantize_q(q: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(codes (B, H, S, Dp) int8, scale (B, H, S) float32, finite (B, H) bool) of queries, as attention makes them itself."""
+    if q.is_cuda:
+        return quantize_cuda.quantize_q(q, scheme)
     number = scheme_number(scheme)
     batch, heads, rows, channels = q.shape
     width = 1 << (channels - 1).bit_length()
@@ -54,8 +58,12 @@ def k_mean(kv: KV, scheme: str) -> torch.Tensor | None:
     return kv.packed[..., at : at + 4 * channels].contiguous().view(torch.float32)
 
 
-def quantize_kv(k: torch.Tensor, v: torch.Tensor, scheme: str, valid: torch.Tensor | None) -> KV:
+def quantize_kv(
+    k: torch.Tensor, v: torch.Tensor, scheme: str, valid: torch.Tensor | None
+) -> KV | quantize_cuda.HeadsKV:
     """Quantize and pack; ``valid`` (B, Hk, Sk) bool marks the keys that count in means and scales, None all."""
+    if k.is_cuda:
+        return quantize_cuda.quantize_kv(k, v, scheme, valid)
     number = scheme_number(scheme)
     batch, heads, keys, channels = k.shape
     size, _ = _C.quantized_layout(number, keys, channels, v.shape[-1])
