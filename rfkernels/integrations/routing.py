@@ -105,13 +105,17 @@ def _overridden(*tensors: torch.Tensor | None) -> bool:
     """True when a tensor is of a kind that takes torch's functions into its own hands."""
     # Not torch.overrides.has_torch_function: under torch.set_default_device that is always true.
     for t in tensors:
-        if t is None or type(t) in _PLAIN:
+        if t is None:
+            continue
+        if t.is_nested:  # those of the strided kind are plain tensors by type
+            return True
+        if type(t) in _PLAIN:
             continue
         if type(t).__torch_function__ is not torch._C._disabled_torch_function_impl:
             return True
         if is_traceable_wrapper_subclass(t):
             return True
-    return any(t is not None and t.is_nested for t in tensors)
+    return False
 
 
 def refusal(
@@ -127,36 +131,51 @@ def refusal(
 
     Tensors are (..., heads, length, head_dim), as torch's function has them.
     """
-    tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
+    # Written out without loops: it runs before every call.
     if dropout_p > 0:
         return "dropout"
-    device = query.device
-    if device.type not in ("cpu", "cuda"):
+    if not (query.is_cpu or query.is_cuda):
         return "a device other than cpu and cuda"
-    if any(t.device != device for t in tensors):
+    device, dtype = query.device, query.dtype
+    if key.device != device or value.device != device:
         return "tensors on different devices"
-    if query.dtype not in _DTYPES:
+    if dtype not in _DTYPES:
         return "a dtype other than float32, bfloat16 and float16"
-    if key.dtype != query.dtype or value.dtype != query.dtype:
+    if key.dtype != dtype or value.dtype != dtype:
         return "query, key and value of different dtypes"
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        return "a mask that is neither bool nor float32 nor of the query's dtype"
-    if not (query.ndim == key.ndim == value.ndim and query.ndim in (3, 4)):
-        return "fewer than 3 or more than 4 dimensions"
-    if not (1 <= query.shape[-1] <= MAX_HEAD_DIM and 1 <= value.shape[-1] <= MAX_HEAD_DIM):
-        return f"a head_dim outside 1..{MAX_HEAD_DIM}"
-    if key.shape[:-1] != value.shape[:-1] or key.shape[-1] != query.shape[-1]:
-        return "shapes that only torch can broadcast"
-    if query.ndim == 4 and query.shape[0] != key.shape[0]:
-        return "shapes that only torch can broadcast"
-    heads, kv_heads = query.shape[-3], key.shape[-3]
-    if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
-        return "shapes that only torch can broadcast"
-    if not training and recorded(*tensors):
+    if attn_mask is not None:
+        if attn_mask.device != device:
+            return "tensors on different devices"
+        if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
+            return "a mask that is neither bool nor float32 nor of the query's dtype"
+    reason = _shape_refusal(query.shape, key.shape, value.shape, enable_gqa)
+    if reason is not None or training:
+        return reason
+    if recorded(query, key, value, attn_mask):
         return "a gradient is needed (training=True takes these calls)"
-    if not training and not torch.compiler.is_compiling() and transforms_active():
+    if not torch.compiler.is_compiling() and transforms_active():
         return "a torch.func transform or forward-mode derivative (training=True takes these calls)"
     return None
+
+
+def _shape_refusal(
+    query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool
+) -> str | None:
+    dims = len(query)
+    if dims not in (3, 4) or len(key) != dims or len(value) != dims:
+        return "fewer than 3 or more than 4 dimensions"
+    if not (1 <= query[-1] <= MAX_HEAD_DIM and 1 <= value[-1] <= MAX_HEAD_DIM):
+        return f"a head_dim outside 1..{MAX_HEAD_DIM}"
+    heads, kv_heads = query[-3], key[-3]
+    grouped = enable_gqa and kv_heads > 0 and heads % kv_heads == 0
+    fits = (
+        key[-1] == query[-1]
+        and value[-2] == key[-2]
+        and value[-3] == kv_heads
+        and (dims == 3 or query[0] == key[0] == value[0])
+        and (heads == kv_heads or grouped)
+    )
+    return None if fits else "shapes that only torch can broadcast"
 
 
 def route(
