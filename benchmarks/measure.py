@@ -12,7 +12,7 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -39,14 +39,32 @@ class Timing:
 
 @dataclass(frozen=True)
 class Runner:
-    """A call and the backend of this package forced during it (None: its own choice)."""
+    """A call, and the backend and the instruction set level forced during it (None: the package's own choice)."""
 
     call: Callable[[], object]
     backend: str | None = None
+    isa: str | None = None
 
-    def forced(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
         """Entered around a turn, outside the timed region."""
-        return contextlib.nullcontext() if self.backend is None else rf.use_backend(self.backend)
+        with rf.use_backend(self.backend or "auto"), _capped(self.isa):
+            yield
+
+
+@contextlib.contextmanager
+def _capped(isa: str | None) -> Iterator[None]:
+    if isa is None:
+        yield
+        return
+    from rfkernels import _C
+
+    before = _C.isa_used()  # RFK_MAX_ISA may have lowered it
+    _C.cap_isa(isa)
+    try:
+        yield
+    finally:
+        _C.cap_isa(before)
 
 
 def interleaved(

@@ -15,7 +15,8 @@ import torch
 
 # fused: this package. naive: as the formula is written. best: the quickest eager spelling known to us.
 # compile: torch.compile. manual: the same numbers without autograd, the gradient written out by hand.
-ROLES = ("fused", "naive", "best", "compile", "manual")
+# part: the task without the op, so that the rest of the time can be told; nobody's rival.
+ROLES = ("fused", "naive", "best", "compile", "manual", "part")
 # new: every call allocates its outputs. out: the outputs are given. inplace: the first input is overwritten.
 MEMORY = ("new", "out", "inplace")
 
@@ -25,6 +26,7 @@ SHAPES = {  # latents of a 512 px and a 1024 px image; 2^16, 2^20, 2^24 elements
     "latent-16x128x128-b64": (64, 16, 128, 128),
 }
 TEST_SHAPE = {"tiny-b4": (4, 4, 8, 8)}  # for the test of this code; says nothing about speed
+SIZES = dict(zip(("64Ki", "1Mi", "16Mi", "tiny"), (SHAPES | TEST_SHAPE).items(), strict=True))
 HOST_SHAPE = ("overhead", (2, 2, 2, 2))  # so small that a call is all overhead
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float32+bfloat16": torch.float32}
@@ -89,6 +91,9 @@ class Variant:
         error: of the outputs, where comparing with the case's expected ones does not do (own random numbers); None says
             that they are right but no number can be given, inf that they are wrong.
         backend: a backend of this package to force; None lets it choose.
+        isa: instruction set level that the native kernels are capped at during it; None for no cap.
+        decibels: signal to noise ratio of the outputs, for tasks where it says more than the largest error; the spelling
+            is wrong below ``least_db``.
     """
 
     name: str
@@ -97,6 +102,9 @@ class Variant:
     call: Callable[[], Outputs]
     error: Callable[[Outputs], float | None] | None = None
     backend: str | None = None
+    isa: str | None = None
+    decibels: Callable[[Outputs], float] | None = None
+    least_db: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Case:
     """One op at one task.
 
     Attributes:
-        op: the op's room in the package: ode_step, interpolate, flow_loss or random.
+        op: the op's room in the package: ode_step, interpolate, flow_loss, random or attention.
         name: unique.
         build: the spellings for a setting.
         bytes: the fewest that must move, each input read once and each output written once.
@@ -121,6 +129,8 @@ class Case:
             ratio to ``bytes`` is what fusing can gain at most where memory is the limit.
         dtypes: which settings make sense.
         gradient: run with autograd recording.
+        shapes: by device its own shapes by name, where the latents of ``SHAPES`` make no sense; ``--sizes`` does not
+            concern it, but ``tiny`` takes the one called so.
     """
 
     op: str
@@ -131,6 +141,24 @@ class Case:
     moved: Callable[[Setting], dict[str, int]] | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     gradient: bool = False
+    shapes: dict[str, dict[str, tuple[int, ...]]] | None = None
+
+
+def settings_of(case: Case, sizes: list[str], dtype: str, device: str) -> list[Setting]:
+    """Where a case is measured.
+
+    Args:
+        sizes: names in ``SIZES``; a case with shapes of its own takes all of them, ``tiny`` alone only its tiny one.
+    """
+    if case.shapes is None:
+        return [Setting(*SIZES[size], dtype, device) for size in sizes]
+    shapes = case.shapes[device]
+    tiny = sizes == ["tiny"]
+    return [
+        Setting(name, shape, dtype, device)
+        for name, shape in shapes.items()
+        if (name == "tiny") == tiny
+    ]
 
 
 def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -172,9 +200,10 @@ def all_cases(only: str | None = None) -> list[Case]:
     Raises:
         ValueError: nothing is called that.
     """
-    from ops import flow_loss, interpolate, ode_step, random
+    from ops import attention, flow_loss, interpolate, ode_step, random
 
-    cases = [*ode_step.CASES, *interpolate.CASES, *flow_loss.CASES, *random.CASES]
+    modules = (ode_step, interpolate, flow_loss, random, attention)
+    cases = [case for module in modules for case in module.CASES]
     if only is None:
         return cases
     chosen = [case for case in cases if only in (case.op, case.name)]

@@ -10,9 +10,10 @@ from pathlib import Path
 _COLUMNS = """
     op case backend role variant memory dtype shape_name shape device threads isa
     n_iter us_p50 us_p20 us_p80 host_us bytes byte_limit gb_s copy_gb_s pct_copy_peak gflop_s
-    err_vs_ref speedup_vs_torch rfkernels torch triton cuda driver cpu commit date
+    err_vs_ref sqnr_db speedup_vs_torch rfkernels torch triton cuda driver cpu commit date
 """
 COLUMNS = tuple(_COLUMNS.split())
+_LATER = {"sqnr_db"}  # files measured before it was there stay readable
 
 Row = dict[str, str]
 
@@ -45,8 +46,8 @@ def read(path: Path) -> list[Row]:
     """
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
-        if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
+        if missing := [c for c in COLUMNS if c not in {*(reader.fieldnames or ()), *_LATER}]:
             raise ValueError(
                 f"{path}: the columns must be those of benchmarks/rows.py; missing: {', '.join(missing)}"
             )
-        return list(reader)
+        return [{**dict.fromkeys(_LATER, ""), **row} for row in reader]

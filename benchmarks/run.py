@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # `python -P` leaves the script's folder out, and the checkout's root must stay out: it would hide the installed package.
@@ -27,20 +27,19 @@ from measure import Runner, Timing, copy_runner, interleaved, overhead_us
 from registry import (
     EAGER_TOLERANCE,
     HOST_SHAPE,
-    SHAPES,
-    TEST_SHAPE,
+    SIZES,
     TOLERANCE,
     Case,
     Setting,
     Variant,
     all_cases,
     relative_error,
+    settings_of,
 )
 
 from rfkernels import _dispatch
 
 QUICK_CASES = ("euler", "euler_guided", "interpolate_drawn", "loss_mse")
-SIZES = dict(zip(("64Ki", "1Mi", "16Mi", "tiny"), (SHAPES | TEST_SHAPE).items(), strict=True))
 
 
 class WrongResultError(RuntimeError):
@@ -65,7 +64,9 @@ def arguments_of(command_line: list[str] | None) -> argparse.Namespace:
         help="then print which targets are reached; exit code 1 when one is missed",
     )
     add(
-        "--only", metavar="OP", help="one op (ode_step, interpolate, flow_loss, random) or one case"
+        "--only",
+        metavar="OP",
+        help="one op (ode_step, interpolate, flow_loss, random, attention) or one case",
     )
     add("--sizes", metavar="SIZE,...", help=f"of {', '.join(SIZES)} (default: the first three)")
     add(
@@ -147,9 +148,9 @@ def chosen_backend(op: str, device: str) -> str:
 
 
 def with_backends(variants: list[Variant], forced: list[str | None]) -> Iterator[Variant]:
-    """Our spellings once a backend, the others as they are."""
+    """Our spellings once a backend where they do not name one, the others as they are."""
     for variant in variants:
-        if variant.role == "fused":
+        if variant.role == "fused" and variant.backend is None:
             yield from (replace(variant, backend=backend) for backend in forced)
         else:
             yield variant
@@ -165,19 +166,37 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def prove(variant: Variant, setting: Setting, expected: tuple[torch.Tensor, ...]) -> float | None:
-    """The error of the variant's first call; None where it was right but has no number.
+@dataclass(frozen=True)
+class Proof:
+    """How far a spelling's first call was from the truth; None where it was right but has no number."""
+
+    error: float | None
+    decibels: float | None = None
+
+
+def prove(variant: Variant, setting: Setting, expected: tuple[torch.Tensor, ...]) -> Proof:
+    """The error of the variant's first call.
 
     Raises:
         WrongResultError: it is above the tolerance.
     """
-    with Runner(variant.call, variant.backend).forced():
+    with runner_of(variant).forced():
         outputs = variant.call()
     error = variant.error(outputs) if variant.error else relative_error(outputs, expected)
+    if variant.decibels is not None:
+        decibels = variant.decibels(outputs)
+        if not decibels >= variant.least_db:
+            raise WrongResultError(f"{decibels:.1f} dB, below {variant.least_db:g}")
+        return Proof(error, decibels)
     limit = (TOLERANCE if variant.role == "fused" else EAGER_TOLERANCE)[setting.dtype]
     if error is not None and not error <= limit:
         raise WrongResultError(f"error {error:.2e} above {limit:.2e}")
-    return error
+    return Proof(error)
+
+
+def runner_of(variant: Variant) -> Runner:
+    """The variant as what is timed."""
+    return Runner(variant.call, variant.backend, variant.isa)
 
 
 def measure_case(case: Case, setting: Setting, options: argparse.Namespace, host: dict[str, float]):
@@ -185,14 +204,14 @@ def measure_case(case: Case, setting: Setting, options: argparse.Namespace, host
     torch._dynamo.reset()  # code compiled for the last setting counts against the recompilation limit
     built = case.build(setting)
     expected = built.expected()
-    errors: dict[str, float | None] = {}
+    proofs: dict[str, Proof] = {}
     variants: dict[str, Variant] = {}
     failed = 0
     for variant in with_backends(built.variants, backends(options)):
         if options.no_compile and (variant.role == "compile" or "compile" in variant.name):
             continue
         try:
-            errors[key(variant)] = prove(variant, setting, expected)
+            proofs[key(variant)] = prove(variant, setting, expected)
         except (
             RuntimeError
         ) as error:  # also torch.compile without a compiler, and a backend that cannot serve
@@ -203,17 +222,19 @@ def measure_case(case: Case, setting: Setting, options: argparse.Namespace, host
             continue
         variants[key(variant)] = variant
     del expected
-    runners = {name: Runner(variant.call, variant.backend) for name, variant in variants.items()}
+    runners = {name: runner_of(variant) for name, variant in variants.items()}
     runners["copy"] = copy_runner(case.bytes(setting), setting.device)
     timings = interleaved(
         runners, setting.device, options.seconds, min_rounds=5 if options.quick else 7
     )
     copied = timings.pop("copy")
+    eager = [variants[name].role for name in timings]
+    yardstick = "naive" if "naive" in eager else "best"
     naive = min(
-        (t.p50 for name, t in timings.items() if variants[name].role == "naive"), default=None
+        (t.p50 for name, t in timings.items() if variants[name].role == yardstick), default=None
     )
     found = [
-        row_of(case, setting, variants[name], timing, errors[name], copied, naive, host.get(name))
+        row_of(case, setting, variants[name], timing, proofs[name], copied, naive, host.get(name))
         for name, timing in timings.items()
     ]
     return found, failed
@@ -229,7 +250,7 @@ def row_of(
     setting: Setting,
     variant: Variant,
     timing: Timing,
-    error: float | None,
+    proof: Proof,
     copied: Timing,
     naive: float | None,
     host: float | None,
@@ -249,6 +270,7 @@ def row_of(
         "role": variant.role,
         "variant": variant.name,
         "memory": variant.memory,
+        **({} if variant.isa is None else {"isa": variant.isa}),
         "dtype": setting.dtype,
         "shape_name": setting.shape_name,
         "shape": "x".join(map(str, setting.shape)),
@@ -261,7 +283,8 @@ def row_of(
         "copy_gb_s": f"{copy_rate:.2f}",
         "pct_copy_peak": f"{100 * rate / copy_rate:.1f}",
         "gflop_s": "" if case.flops is None else f"{case.flops(setting) / timing.p50 / 1000:.2f}",
-        "err_vs_ref": "" if error is None else f"{error:.2e}",
+        "err_vs_ref": "" if proof.error is None else f"{proof.error:.2e}",
+        "sqnr_db": "" if proof.decibels is None else f"{proof.decibels:.2f}",
         "speedup_vs_torch": "" if naive is None else f"{naive / timing.p50:.2f}",
     }
 
@@ -276,7 +299,7 @@ def overheads(case: Case, dtype: str, options: argparse.Namespace) -> dict[str, 
     ):
         if "compile" in variant.name and not compile_too:
             continue
-        runner = Runner(variant.call, variant.backend)
+        runner = runner_of(variant)
         try:
             with runner.forced():
                 variant.call()
@@ -299,6 +322,7 @@ def show(found: list[files.Row]) -> None:
         print(
             f"  {float(row['us_p50']):10.1f} {row['pct_copy_peak']:>7s} {row['speedup_vs_torch']:>8s} "
             f"{row['host_us']:>8s} {row['err_vs_ref']:>9s}  {name}"
+            + (f"  {row['sqnr_db']} dB" if row["sqnr_db"] else "")
         )
     sys.stdout.flush()
 
@@ -315,12 +339,11 @@ def main(command_line: list[str] | None = None) -> int:
             say(f"  left out, no time: {case.name} {dtype}")
             continue
         with contextlib.nullcontext() if case.gradient else torch.no_grad():
-            host = overheads(case, dtype, options)
-            for size in options.sizes:
-                setting = Setting(*SIZES[size], dtype, options.device)
+            host = {} if case.shapes else overheads(case, dtype, options)
+            for setting in settings_of(case, options.sizes, dtype, options.device):
                 found, wrong = measure_case(case, setting, options, host)
                 failed += wrong
-                found = [{**row, **common} for row in found]
+                found = [{**common, **row} for row in found]
                 collected += found
                 if found and not options.json:
                     show(found)

@@ -5,7 +5,8 @@
     python benchmarks/table.py results/cpu.csv --all --into docs/x.md     every dtype and kind of memory
     python benchmarks/table.py results/cpu.csv --plot docs/ratios.png     needs matplotlib
 
-The markers are ``<!-- bench:begin -->`` and ``<!-- bench:end -->``; what stands between them is replaced.
+The markers are ``<!-- bench:begin -->`` and ``<!-- bench:end -->``; what stands between them is replaced. Attention has
+tables of its own: ``attention/tables.py``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def table(rows: list[Row], everything: bool = False) -> str:
 def _places(rows: list[Row], everything: bool) -> list[dict[str, str]]:
     """The table's lines as values of columns, in the order of the file."""
     names = ("case", "dtype", "shape_name", "memory", "backend")
-    ours = [row for row in rows if row["role"] == "fused"]
+    ours = [row for row in rows if row["role"] == "fused" and row["op"] != "attention"]
     places = [
         dict(zip(names, values, strict=True))
         for values in dict.fromkeys(tuple(r[n] for n in names) for r in ours)
@@ -164,8 +165,8 @@ def main(command_line: list[str] | None = None) -> int:
     options = parser.parse_args(command_line)
     try:
         rows = files.read(options.results)
-        if not any(row["role"] == "fused" for row in rows):
-            raise ValueError(f"{options.results}: there is no row of this package in it")
+        if not _places(rows, everything=True):
+            raise ValueError(f"{options.results}: there is no row of this package's flow ops in it")
         content = table(rows, options.all)
         if options.into:
             text = between_markers(options.into.read_text(), content)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import attention_targets
 import rows as files
 from rows import Row
 
@@ -135,7 +136,8 @@ def check(rows: list[Row]) -> list[Outcome]:
                 rows, role=target.role, memory=target.memory, variant=target.variant, **place
             )
             outcomes.append(_outcome(target.text, size, target.goals[size], ratio(rival, ours)))
-    return outcomes + _against_compile(rows) + _overhead(rows) + _bandwidth(rows)
+    outcomes += _against_compile(rows) + _overhead(rows) + _bandwidth(rows)
+    return outcomes + [Outcome(*found) for found in attention_targets.check(rows)]
 
 
 def _outcome(text: str, size: str, goal: float | None, measured: float | None) -> Outcome:
@@ -188,6 +190,7 @@ def _bandwidth(rows: list[Row]) -> list[Outcome]:
         width = 2 if row["dtype"] == "bfloat16" else 4
         if (
             row["role"] != "fused"
+            or row["op"] == "attention"  # bound by arithmetic
             or not row["cuda"]
             or row["device"] == "cpu"
             or elements * width < COPY_FROM_BYTES
@@ -209,9 +212,17 @@ def _bandwidth(rows: list[Row]) -> list[Outcome]:
 
 def report(outcomes: list[Outcome]) -> str:
     """One line an outcome, and how many there are of each state."""
-    lines = ["", f"{'state':12s} {'size':>6s} {'goal':>8s} {'measured':>9s}  target"]
+    sizes, goals, found = (
+        max([least, *(len(getattr(o, name)) for o in outcomes)])
+        for name, least in (("size", 6), ("goal", 8), ("measured", 9))
+    )
+    lines = [
+        "",
+        f"{'state':12s} {'size':>{sizes}s} {'goal':>{goals}s} {'measured':>{found}s}  target",
+    ]
     lines += [
-        f"{o.state:12s} {o.size:>6s} {o.goal:>8s} {o.measured:>9s}  {o.text}" for o in outcomes
+        f"{o.state:12s} {o.size:>{sizes}s} {o.goal:>{goals}s} {o.measured:>{found}s}  {o.text}"
+        for o in outcomes
     ]
     counts = {
         state: sum(o.state == state for o in outcomes)

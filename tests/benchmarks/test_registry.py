@@ -23,7 +23,20 @@ SCHEMA = (
 )
 
 
-MODULES = ("registry", "targets", "table", "rows", "machine", "measure", "run", "ops")
+MODULES = (
+    *(
+        "registry",
+        "targets",
+        "attention_targets",
+        "table",
+        "rows",
+        "machine",
+        "measure",
+        "run",
+        "ops",
+    ),
+    *("peers", "accuracy", "tables", "attention_inputs"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,11 +111,11 @@ def test_every_spelling_is_right(dtype):
     import run as runner
 
     options = runner.arguments_of(["--sizes", "tiny", "--no-compile"])
-    setting = registry.Setting("tiny-b4", (4, 4, 8, 8), dtype, "cpu")
     seen = 0
     for case in registry.all_cases():
         if dtype not in case.dtypes:
             continue
+        (setting,) = registry.settings_of(case, ["tiny"], dtype, "cpu")
         with torch.set_grad_enabled(case.gradient):
             built = case.build(setting)
             expected = built.expected()
@@ -189,6 +202,7 @@ def test_the_plot_is_a_picture(results):
 def row(**values: object) -> dict[str, str]:
     """A result row with the columns that the targets read."""
     common = {
+        "op": "ode_step",
         "case": "euler_guided",
         "dtype": "float32",
         "shape_name": "latent-4x64x64-b4",
