@@ -92,13 +92,23 @@ def check_precision(where: str, precision: object) -> str:
     return precision
 
 
-def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _autocast(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The cast that torch.autocast applies to the arguments of torch's own function."""
-    device = tensors[0].device.type
+    device = query.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype in _DTYPES else t for t in tensors)
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype) if t.dtype in _DTYPES else t
+
+    mask = None if attn_mask is None else cast(attn_mask)
+    return cast(query), cast(key), cast(value), mask
 
 
 def _overridden(*tensors: torch.Tensor | None) -> bool:
