@@ -24,7 +24,6 @@ SOURCES = {
 # (folder, op): why the file may be missing.
 REASONS: dict[tuple[str, str], str] = {
     ("csrc/cuda", "attention"): "the Triton kernels serve CUDA; a kernel for sm_90a follows",
-    ("csrc/cuda", "quantize"): "Triton's quantization serves CUDA; it comes with that kernel",
 }
 MEASURED_IN = {"quantize": "attention"}  # op: the benchmark that has its rows
 # Rooms from the bottom up; a room imports from those before it and from itself.
@@ -50,7 +49,7 @@ def test_every_op_has_its_file(path):
 def test_no_backend_has_an_op_that_is_not_in_the_table():
     shared = {
         "__init__", "precision", "geometry", "launch", "philox", "tiles",
-        "exact_attention", "attention_kernels", "quantize_tiles",
+        "exact_attention", "attention_kernels", "quantize_tiles", "quantize_cuda",
     }  # fmt: skip
     for backend in BACKENDS:
         stems = {file.stem for file in (PACKAGE / "backends" / backend).glob("*.py")}

@@ -22,8 +22,9 @@ def torch_mask(
         return None, is_causal
     is_bool = attn_mask.dtype == torch.bool
     if not is_bool:
-        if attn_mask.dtype not in (q.dtype, torch.float32):
-            attn_mask = attn_mask.to(torch.float32 if q.dtype != torch.float64 else q.dtype)
+        if attn_mask.dtype != q.dtype:
+            # PyTorch takes float32 masks with 16-bit inputs; with float64 ones it reads them wrongly (seen in 2.13).
+            attn_mask = attn_mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         attn_mask = attn_mask.masked_fill(attn_mask <= MASKED, -torch.inf)
     if is_causal:
         below = _below(q, keys)

@@ -1,0 +1,317 @@
+"""What attention hands over to PyTorch, what it counts, and packed sequences."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from attention_cells import every_cell
+from attention_inputs import decibels, exact
+from cells import same_bits
+from tensors import normal
+from tolerances import BF16, F16, F32, F64
+
+import rfkernels as rf
+from rfkernels._dispatch import unavailable_reason
+from rfkernels.ops import _attention_handover as rule
+from rfkernels.ops import _attention_route as route
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+NATIVE = unavailable_reason("native", "cpu", "attention")
+needs_native = pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters():
+    rf.attention_stats(reset=True)
+    yield
+    rf.attention_stats(reset=True)
+
+
+def qkv(dtype=F32, dim=16, channels=None, length=20):
+    return tuple(
+        normal(2, 3, length, n, dtype=dtype, key=i)
+        for i, n in enumerate((dim, dim, channels or dim))
+    )
+
+
+# The rule --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "reason"),
+    [
+        ({"dtype": F64}, "int8", rule.FLOAT64),
+        ({"dtype": F64}, "bf16", rule.FLOAT64),
+        ({"dtype": F16}, "bf16", rule.FLOAT16),
+        ({"dim": 257}, "int8", rule.HEAD_SIZE),
+        ({"channels": 300}, "int8_bf16", rule.HEAD_SIZE),
+    ],
+)
+def test_calls_by_rule_are_pytorchs_and_counted(options, precision, reason):
+    q, k, v = qkv(**options)
+    mask = torch.where(normal(20, 20) < 1, 0.0, -1e30)
+    mask[4] = -1e30
+    out, lse = rf.attention(q, k, v, attn_mask=mask, precision=precision, return_lse=True)
+    truth = sdpa(q, k, v, attn_mask=mask.masked_fill(mask == -1e30, -torch.inf).to(q.dtype))
+    same_bits(out, truth)
+    assert lse.dtype == F32
+    assert (lse[:, :, 4] == -torch.inf).all()
+    scores = (q.double() @ k.double().mT) * q.shape[3] ** -0.5 + mask.double()
+    torch.testing.assert_close(lse[:, :, 5], scores.logsumexp(-1)[:, :, 5].float())
+    same_bits(rf.attention(q, k, v, precision=precision), sdpa(q, k, v))
+    stats = rf.attention_stats()
+    assert stats.handovers == {(precision, reason): 2}
+    assert not stats.calls
+    assert reason in repr(stats)
+    assert reason[0].islower()
+
+
+def test_float16_runs_in_the_int8_schemes():
+    q, k, v = qkv(F16)
+    assert rule.handover_reason(20, 20, 16, 16, "none", F16, "cpu", 1, "int8_u8") is None
+    with rf.use_backend("reference"):
+        assert rf.attention(q, k, v).dtype == F16
+        assert rf.attention(q, k, v, precision="bf16").dtype == F16  # forced: the rule is off
+    assert rf.attention_stats().calls == {
+        ("int8", "int8_u8", "reference"): 1, ("bf16", "bf16", "reference"): 1,
+    }  # fmt: skip
+
+
+def test_a_forced_backend_is_never_left():
+    for options in ({"dtype": F64}, {"dim": 257}):
+        q, k, v = qkv(**options)
+        with (
+            rf.use_backend("reference"),
+            pytest.raises(
+                rf.BackendUnavailableError,
+                match=r"^attention: backend 'reference' cannot serve this call: .*leave use_backend",
+            ),
+        ):
+            rf.attention(q, k, v)
+    assert not rf.attention_stats().handovers
+
+
+def small(scores: int = 16, **options) -> dict:
+    row = {
+        "device": "cpu", "scheme": "int8_u8", "dtype": F32, "mask": None, "threads": (1, 64), "head_dim": (1, 256),
+        "scores": scores, "reason": "few scores run faster in PyTorch", **options,
+    }  # fmt: skip
+    return {(row["device"], row["scheme"]): (rule.Small(**row),)}
+
+
+@needs_native
+def test_rows_of_measured_regions(everything_small):
+    for table, wanted in (
+        (small(400), True),
+        (small(399), False),
+        (small(400, mask="none"), True),
+        (small(400, mask="bool"), False),
+        (small(400, dtype=BF16), False),
+        (small(400, threads=(65, 99)), False),
+        (small(400, head_dim=(17, 64)), False),
+        (small(400, scheme="bf16"), False),
+    ):
+        rule.SMALL.clear()
+        rule.SMALL.update(table)
+        rf.attention_stats(reset=True)
+        q, k, v = qkv()
+        out = rf.attention(q, k, v)
+        stats = rf.attention_stats()
+        assert bool(stats.handovers) == wanted, table
+        assert bool(stats.calls) != wanted
+        if wanted:
+            same_bits(out, sdpa(q, k, v))
+
+
+@pytest.fixture
+def everything_small():
+    before = dict(rule.SMALL)
+    rule.SMALL.clear()
+    rule.SMALL.update(small(10**9))
+    yield
+    rule.SMALL.clear()
+    rule.SMALL.update(before)
+
+
+@needs_native
+def test_early_hand_over_changes_nothing(everything_small):
+    q, k, v = qkv()
+    count = lambda: sum(rf.attention_stats().handovers.values())  # noqa: E731
+    same_bits(rf.attention(q, k, v), sdpa(q, k, v))
+    same_bits(
+        rf.attention(q, k, v, is_causal=True, scale=0.3), sdpa(q, k, v, is_causal=True, scale=0.3)
+    )
+    assert count() == 2
+    out, lse = rf.attention(q, k, v, return_lse=True)
+    same_bits(out, sdpa(q, k, v))
+    assert lse.shape == (2, 3, 20)
+    seconds = [t.transpose(1, 2) for t in (q, k, v)]
+    same_bits(rf.attention(*seconds, layout="bshd"), sdpa(q, k, v).transpose(1, 2))
+    same_bits(
+        rf.attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+        sdpa(q, k[:, :1], v[:, :1], enable_gqa=True),
+    )
+    assert count() == 5
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    rf.attention(*leaves).sum().backward()
+    others = [t.clone().requires_grad_() for t in (q, k, v)]
+    sdpa(*others).sum().backward()
+    for a, b in zip(leaves, others, strict=True):
+        same_bits(a.grad, b.grad)
+    assert count() == 6
+    # Refusals are the same as without it.
+    for args, options, kind in (
+        ((q, k, v.half()), {}, TypeError), ((q, k[:1], v[:1]), {}, ValueError), ((q, k, None), {}, TypeError),
+        ((q, k[:, :1], v[:, :1]), {}, ValueError), ((q, k, v), {"scale": "1"}, TypeError),
+        ((q, k, v), {"is_causal": 1}, TypeError), ((q, k, v), {"precision": "int4"}, ValueError),
+        ((q[0], k[0], v[0]), {}, ValueError), ((q.long(), k.long(), v.long()), {}, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=r"^attention: "):
+            rf.attention(*args, **options)
+    assert count() == 6
+    with rf.use_backend("native"):
+        rf.attention(q, k, v)
+    assert rf.attention_stats().calls == {("int8", "int8_u8", "native"): 1}
+    _, tangent = torch.func.jvp(lambda q: rf.attention(q, k, v), (q,), (q,))
+    assert tangent.isfinite().all()
+
+
+def test_what_no_kernel_serves_goes_to_pytorch_but_a_scheme_without_any_kernel_is_refused(
+    monkeypatch,
+):
+    monkeypatch.setattr(route, "_found", {})
+    monkeypatch.setattr(
+        route._dispatch, "unavailable_reason", lambda *args: "there is none in this test"
+    )
+    q, k, v = qkv()
+    same_bits(rf.attention(q, k, v), sdpa(q, k, v))
+    ((precision, reason),) = rf.attention_stats().handovers
+    assert (precision, reason) == (
+        "int8",
+        "no kernel can run here (native: there is none in this test)",
+    )
+    for scheme in ("fp8", "int8_fp8"):
+        with pytest.raises(
+            rf.BackendUnavailableError, match=f"precision '{scheme}' has no kernel for cpu"
+        ):
+            rf.attention(q, k, v, precision=scheme)
+    with pytest.raises(rf.BackendUnavailableError, match="quantize: no kernel can run here"):
+        rf.quantize(k, v)
+    with (
+        rf.use_backend("native"),
+        pytest.raises(
+            rf.BackendUnavailableError, match="attention: backend 'native' cannot run int8_u8"
+        ),
+    ):
+        rf.attention(q, k, v)
+
+
+@needs_native
+def test_the_alias_resolves_and_the_float64_reference_is_never_automatic():
+    q, k, v = qkv()
+    rf.attention(q, k, v)
+    for scheme in ("int8_u8", "int8_bf16", "bf16"):
+        rf.attention(q, k, v, precision=scheme)
+    assert rf.attention_stats().calls == {
+        ("int8", "int8_u8", "native"): 1, ("int8_u8", "int8_u8", "native"): 1,
+        ("int8_bf16", "int8_bf16", "native"): 1, ("bf16", "bf16", "native"): 1,
+    }  # fmt: skip
+    with rf.use_backend("native"), pytest.raises(rf.BackendUnavailableError, match="not fp8"):
+        rf.attention(q, k, v, precision="fp8")
+
+
+def test_the_alias_on_cuda():
+    from rfkernels.backends.attention_schemes import resolve
+
+    assert resolve("int8", "cuda", 64, (9, 0)) == "int8_bf16"
+    assert resolve("int8", "cuda", 65, (9, 0)) == "int8_fp8"
+    assert resolve("int8", "cuda", 128, (8, 9)) == "int8_fp8"
+    assert resolve("int8", "cuda", 128, (8, 6)) == "int8_bf16"
+    assert resolve("int8", "cpu", 128, None) == "int8_u8"
+    assert resolve("fp8", "cuda", 64, (9, 0)) == "fp8"
+
+
+# Counters --------------------------------------------------------------------------------------------------------
+
+
+def test_counters_are_exact_under_threads_and_read_as_sentences():
+    q, k, v = qkv(length=3)
+    bad = q.clone()
+    bad[0, 1, 2, 3] = torch.nan
+
+    def work():
+        for _ in range(40):
+            with rf.use_backend("reference"):
+                rf.attention(bad, k, v, precision="int8_bf16")
+            rf.attention(q.double(), k.double(), v.double())
+
+    pool = [threading.Thread(target=work) for _ in range(4)]
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    stats = rf.attention_stats(reset=True)
+    key = ("int8_bf16", "int8_bf16", "reference")
+    assert stats.calls == {key: 160}
+    assert stats.exact_heads == {key: 160}
+    assert stats.handovers == {("int8", rule.FLOAT64): 160}
+    text = repr(stats)
+    assert "int8_bf16 (reference): 160 calls, 160 exact heads" in text
+    assert f"int8 handed over to PyTorch: 160 calls, since {rule.FLOAT64}" in text
+    assert "no calls" in repr(rf.attention_stats())
+    assert not rf.attention_stats().calls
+
+
+# Packed sequences ------------------------------------------------------------------------------------------------
+
+
+def packed(rows, keys, heads=4, kv_heads=2):
+    q = normal(sum(rows), heads, 24)
+    k, v = normal(sum(keys), kv_heads, 24, key=1), normal(sum(keys), kv_heads, 16, key=2)
+    offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (rows, keys)]
+    return q, k, v, *offsets
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [((5, 0, 70, 1), (9, 4, 0, 130)), ((30, 30, 30), (40, 40, 40)), ((7,), (9,)), ((0, 0), (0, 3))],
+    ids=["ragged", "equal", "one", "no rows"],
+)
+def test_packed_sequences_are_separate_calls(cell, rows, keys):
+    q, k, v, cu_q, cu_k = packed(rows, keys)
+    on = [t.to(cell.device) for t in (q, k, v, cu_q.int(), cu_k)]
+    for causal in (False, True):
+        options = {"is_causal": causal, "enable_gqa": True, "return_lse": True}
+        out, lse = cell.run(
+            lambda options=options: rf.attention_varlen(*on, precision=cell.scheme, **options)
+        )
+        assert out.shape == (sum(rows), 4, 16)
+        assert lse.shape == (sum(rows), 4)
+        for i in range(len(rows)):
+            a, b = (slice(int(c[i]), int(c[i + 1])) for c in (cu_q, cu_k))
+            one = (q[a].transpose(0, 1)[None], *(t[b].transpose(0, 1)[None] for t in (k, v)))
+            expected, sums = cell.attention(*one, **options)
+            same_bits(out[a].cpu(), expected[0].transpose(0, 1))
+            same_bits(lse[a].cpu(), sums[0].transpose(0, 1))
+
+
+def test_gradients_of_packed_sequences():
+    q, k, v, cu_q, cu_k = packed((5, 0, 70, 1), (9, 4, 8, 130))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    grad = normal(76, 4, 16, key=3)
+    rf.attention_varlen(*leaves, cu_q, cu_k, enable_gqa=True, precision="int8").backward(grad)
+    doubles = [t.double().requires_grad_() for t in (q, k, v)]
+    parts = []
+    for i in range(4):
+        a, b = (slice(int(c[i]), int(c[i + 1])) for c in (cu_q, cu_k))
+        one = (
+            doubles[0][a].transpose(0, 1)[None],
+            *(t[b].transpose(0, 1)[None] for t in doubles[1:]),
+        )
+        parts.append(exact(*one)[0].transpose(0, 1))
+    torch.cat(parts).backward(grad.double())
+    for found, truth in zip(leaves, doubles, strict=True):
+        assert float(decibels(found.grad[None], truth.grad[None])) > 110.0
