@@ -3,8 +3,8 @@
 // Scores are computed transposed, [key][32 queries], so that the statistics of a query are vertical vector operations and P falls out
 // in the order in which the second product reads it. Per block: scores to log2 units and their maximum (pass 1); P = 2^(y - r) to
 // codes and its sum (pass 2), r the block's own maximum (a floating reference: it may fall, so that every block uses all bits of P).
-// Where AMX computes, pass 1 of a block runs between the tile products of the block before it and pass 2 between those of the block
-// after it: the tile unit works while the vector units do (0.34 against 0.39 ns a score at 64 channels).
+// Where AMX computes, pass 1 of a block runs between the P V steps of the block before it and pass 2 between the Q K steps of the block
+// after it: the tile unit works while the vector units do. One buffer holds the scores of both blocks, which keeps them in L1.
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -31,8 +31,8 @@ constexpr float kOverflow = 1e30f;           // scores that could pass this are 
 
 // What one thread works in.
 struct alignas(64) Work {
-  int32_t scores[2][kKeys * kQueryRows];
-  uint8_t weights[2][kKeys * kQueryRows * 2];  // P, as B of a product
+  int32_t scores[kKeys * kQueryRows];
+  uint8_t weights[kKeys * kQueryRows * 2];  // P, as B of a product
   int32_t sums[kMaxChannels * kQueryRows];     // P V of one block
   float out[kMaxChannels * kQueryRows];        // [channel][query], relative to the current reference
   float rows[kQueryRows * kMaxChannels];
@@ -111,7 +111,7 @@ struct Head {
   int64_t queries;
 };
 
-// Products in small steps: `count` of them, each a_next bytes of A and one 32 x 32 block of C after the other.
+// `count` products one after the other, each a_next bytes of A and one 32 x 32 block of C further.
 template <Numbers N>
 struct Pipeline {
   Product product;
@@ -119,15 +119,24 @@ struct Pipeline {
   int count;
   int step = 0;
 
+  // The next product without its store: its place may still be in use.
+  void compute() const {
+    for (int i = 0; i < product.steps; ++i) product_step<N>(product, i);
+  }
+  void next() {
+    product_store<N>(product);
+    --count;
+    product.a += a_next;
+    product.a_row_sums += kBlock;
+    product.c = static_cast<int32_t*>(product.c) + kBlock * kBlock;
+  }
+  // So many steps, of one product after the other.
   void advance(int steps) {
     for (; steps > 0 && count > 0; --steps) {
       product_step<N>(product, step);
       if (++step < product.steps) continue;
       step = 0;
-      --count;
-      product.a += a_next;
-      product.a_row_sums += kBlock;
-      product.c = static_cast<int32_t*>(product.c) + kBlock * kBlock;
+      next();
     }
   }
   int remaining() const { return count * product.steps - step; }
@@ -294,7 +303,7 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
   const auto scores_of = [&](int n) {
     const int64_t key = n * kKeys, tile_row = score_steps * kTileBytes;
     const Product first_keys{h.packed + l.keys_at + key / 16 * tile_row, tile_row,      kTileBytes,      w.queries.codes, score_steps,
-                             row_sum + key,                              w.scores[n % 2]};
+                             row_sum + key,                              w.scores};
     return Pipeline<QK>{first_keys, 2 * tile_row, static_cast<int>(keys_of(n) / kBlock)};
   };
   const auto values_of = [&](int n) {
@@ -302,7 +311,7 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
     const Product first_channels{h.packed + l.values_at + n * kKeys / kKeysPerStep * group,
                                  kTileBytes,
                                  group,
-                                 reinterpret_cast<const char*>(w.weights[n % 2]),
+                                 reinterpret_cast<const char*>(w.weights),
                                  static_cast<int>(keys_of(n) / kKeysPerStep),
                                  row_sum,
                                  w.sums};
@@ -319,7 +328,7 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
 
   for (int n = 0; n < blocks; ++n) {
     const int64_t key = n * kKeys, chunks = keys_of(n) / kChunk;
-    int32_t* block = w.scores[n % 2];
+    int32_t* block = w.scores;
     auto values = values_of(n > 0 ? n - 1 : 0);
     const int value_quota = n > 0 ? quota(values.remaining(), chunks) : 0;
     Floats top[4] = {splat(kMinusInfinity), splat(kMinusInfinity), splat(kMinusInfinity), splat(kMinusInfinity)};
@@ -355,15 +364,17 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
       lifted[half] = kIntegerValues ? next - splat(7.994353437f) : next;  // log2(255)
     }
     if (n + 1 < blocks) scores = scores_of(n + 1);
-    const int score_quota = quota(scores.remaining(), chunks);
     for (int64_t c = 0; c < chunks; ++c) {
-      if (n + 1 < blocks) scores.advance(score_quota);
+      // The next block's scores of these 32 places are computed while pass 2 reads the places, then stored there.
+      const bool follows = n + 1 < blocks && scores.count > 0;
+      if (follows) scores.compute();
       if (n > 0) {
         accumulate<kIntegerValues>(w.out, w.sums, l.padded_value_channels * c / chunks,
                                    l.padded_value_channels * (c + 1) / chunks, previous);
       }
       pass2<PV>(reinterpret_cast<const float*>(block) + c * kChunk * kQueryRows, kChunk, lifted,
-                inverse + key + c * kChunk, w.weights[n % 2] + c * kChunk * kQueryRows * kWeightBytes, total);
+                inverse + key + c * kChunk, w.weights + c * kChunk * kQueryRows * kWeightBytes, total);
+      if (follows) scores.next();
     }
   }
   if (blocks > 0) {

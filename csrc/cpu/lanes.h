@@ -1,4 +1,4 @@
-// lanes.h: sixteen floats or 32-bit integers at a time, on AVX-512, on AVX2 pairs, and as plain loops.
+// lanes.h: sixteen floats or 32-bit integers at a time, on AVX-512 with VNNI, on AVX2 pairs, and as plain loops.
 //
 // Every operation is correctly rounded (fma included) and gives the same bits on each, but for the fraction of a number just below
 // an integer: there AVX-512 rounds down and the others to nearest, a difference in the last place.
@@ -27,7 +27,7 @@ namespace RFK_ISA_NAMESPACE {
 constexpr int kLanes = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
 struct Floats {
   __m512 v;
@@ -52,6 +52,7 @@ RFK_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v
 RFK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 RFK_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 RFK_INLINE Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+RFK_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 RFK_INLINE Floats to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 RFK_INLINE Ints to_int(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, ties to even
 RFK_INLINE Floats select(uint32_t bits, Floats yes, Floats no) {
@@ -76,6 +77,10 @@ RFK_INLINE void store_signed_bytes(int8_t* p, Ints a, Ints b, Ints c, Ints d) {
   const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));
   _mm512_storeu_si512(p, _mm512_shuffle_epi8(packed, order));
+}
+// Sixteen integers that add up to the sum of 64 signed bytes.
+RFK_INLINE Ints byte_sums(const int8_t* p) {
+  return {_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(p))};
 }
 // The low bytes of sixteen integers, in order.
 RFK_INLINE void store_low_bytes(int8_t* p, Ints a) {
@@ -174,6 +179,7 @@ RFK_INLINE Floats abs(Floats x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+RFK_INLINE Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 RFK_INLINE Floats to_float(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 RFK_INLINE Ints to_int(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 RFK_INLINE Floats select(uint32_t bits, Floats yes, Floats no) {
@@ -229,6 +235,13 @@ RFK_INLINE void store_signed_bytes(int8_t* p, Ints a, Ints b, Ints c, Ints d) {
   };
   half(p, a.a, b.a, c.a, d.a);
   half(p + 32, a.b, b.b, c.b, d.b);
+}
+RFK_INLINE Ints byte_sums(const int8_t* p) {
+  const auto half = [](const int8_t* place) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+  };
+  return {half(p), half(p + 32)};
 }
 RFK_INLINE void store_low_bytes(int8_t* p, Ints x) {
   alignas(32) int32_t values[16];
@@ -317,6 +330,11 @@ RFK_INLINE Floats max(Floats a, Floats b) {
 RFK_INLINE Floats abs(Floats a) {
   return each([&](int i) { return std::fabs(a.v[i]); });
 }
+RFK_INLINE Ints operator+(Ints a, Ints b) {
+  Ints r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] + b.v[i];
+  return r;
+}
 RFK_INLINE Floats to_float(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }
@@ -364,6 +382,11 @@ RFK_INLINE void store_bytes(uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
 RFK_INLINE void store_signed_bytes(int8_t* p, Ints a, Ints b, Ints c, Ints d) {
   store_bytes(reinterpret_cast<uint8_t*>(p), a, b, c, d);
 }
+RFK_INLINE Ints byte_sums(const int8_t* p) {
+  Ints r;
+  for (int i = 0; i < 16; ++i) r.v[i] = p[4 * i] + p[4 * i + 1] + p[4 * i + 2] + p[4 * i + 3];
+  return r;
+}
 RFK_INLINE void store_low_bytes(int8_t* p, Ints a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
@@ -400,7 +423,7 @@ RFK_INLINE Floats exp2(Floats t) {
 
 // Two vectors of non-negative finite floats as bfloat16 pairs [lane][2], rounded to nearest even.
 RFK_INLINE void store_bfloat16_pairs(uint8_t* p, Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
   const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
   const auto rounded = [&](__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);

@@ -48,7 +48,7 @@ struct Product {
 
 #if RFK_AMX
 
-// Step `step` of the product; the accumulators live in tiles 0 to 3 from step 0 to the last, which stores them.
+// Step `step` of the product; the sums stay in tiles 0 to 3 from step 0 until product_store.
 template <Numbers N>
 RFK_INLINE void product_step(const Product& p, int step) {
   if (step == 0) {
@@ -79,13 +79,15 @@ RFK_INLINE void product_step(const Product& p, int step) {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  if (step == p.steps - 1) {
-    char* c = static_cast<char*>(p.c);
-    _tile_stored(0, c, 128);
-    _tile_stored(1, c + 64, 128);
-    _tile_stored(2, c + 16 * 128, 128);
-    _tile_stored(3, c + 16 * 128 + 64, 128);
-  }
+}
+
+template <Numbers N>
+RFK_INLINE void product_store(const Product& p) {
+  char* c = static_cast<char*>(p.c);
+  _tile_stored(0, c, 128);
+  _tile_stored(1, c + 64, 128);
+  _tile_stored(2, c + 16 * 128, 128);
+  _tile_stored(3, c + 16 * 128 + 64, 128);
 }
 
 #else
@@ -249,10 +251,12 @@ RFK_INLINE void bfloat16_product(const Product& p) {
   }
 }
 
-// Without tiles the whole product is computed at its last step.
+// Without tiles the whole product is computed where it is stored.
 template <Numbers N>
-RFK_INLINE void product_step(const Product& p, int step) {
-  if (step != p.steps - 1) return;
+RFK_INLINE void product_step(const Product&, int) {}
+
+template <Numbers N>
+RFK_INLINE void product_store(const Product& p) {
   if constexpr (N == Numbers::kBfloat16) {
     bfloat16_product(p);
   } else {

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "core/rotation.h"
 #include "cpu/convert.h"
@@ -69,32 +70,32 @@ RFK_INLINE void hadamard(Floats* x, int64_t length) {
   }
 }
 
-// y = H (sign * (x - mean)), zero beyond the channels; returns the lanes' largest magnitudes. x is zero padded.
-template <int V>
-RFK_INLINE Floats rotate(const float* x, const float* mean, int64_t length, float* y) {
-  Floats part[V];
-  for (int i = 0; i < V; ++i) {
-    part[i] = load(x + 16 * i);
-    if (mean != nullptr) part[i] = part[i] - load(mean + 16 * i);
-    part[i] = part[i] * load(kSigns.value + 16 * i);
+// f(std::integral_constant<int, V>) for rows of V * 16 rotated channels.
+template <class F>
+RFK_INLINE void for_width(int64_t width, const F& f) {
+  switch (width / kLanes) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 8: return f(std::integral_constant<int, 8>());
+    default: return f(std::integral_constant<int, 16>());
   }
-  hadamard<V>(part, length);
-  Floats largest = splat(0.0f);
-  for (int i = 0; i < V; ++i) {
-    store(y + 16 * i, part[i]);
-    largest = max(largest, abs(part[i]));
-  }
-  return largest;
 }
 
-Floats rotate_row(const float* x, const float* mean, int64_t length, float* y) {
-  switch ((length + 15) / 16) {
-    case 1: return rotate<1>(x, mean, length, y);
-    case 2: return rotate<2>(x, mean, length, y);
-    case 4: return rotate<4>(x, mean, length, y);
-    case 8: return rotate<8>(x, mean, length, y);
-    default: return rotate<16>(x, mean, length, y);
+// y = H (sign * (x - mean)) of one row, zero beyond its channels; returns the lanes' largest magnitudes. staged: zero padded room.
+template <int V>
+RFK_INLINE Floats rotate(const HeadView& view, int64_t row, const float* mean, int64_t length, float* staged, Floats* y) {
+  const bool direct = vector_rows(view) && view.channels == V * kLanes;
+  if (!direct) load_row(view, row, staged);
+  for (int i = 0; i < V; ++i) {
+    y[i] = direct ? load_vector(view, row, kLanes * i) : load(staged + kLanes * i);
+    if (mean != nullptr) y[i] = y[i] - load(mean + kLanes * i);
+    y[i] = y[i] * load(kSigns.value + kLanes * i);
   }
+  hadamard<V>(y, length);
+  Floats largest = abs(y[0]);
+  for (int i = 1; i < V; ++i) largest = max(largest, abs(y[i]));
+  return largest;
 }
 
 RFK_INLINE bool all_zero(Floats a) {
@@ -158,14 +159,31 @@ bool mean_of_keys(const HeadView& k, const uint8_t* valid, int64_t keys, float* 
   return finite && all_finite(mean, k.channels);
 }
 
-// Row sums of sixteen rows of sixteen floats, or their largest values.
-template <class Combine>
-RFK_INLINE Floats across_rows(const float* rows, const Combine& combine) {
-  alignas(64) float values[256];
-  transpose(rows, 16, values, 16);
-  Floats result = load(values);
-  for (int i = 1; i < 16; ++i) result = combine(result, load(values + 16 * i));
+// The sums, or the largest, of sixteen rows of sixteen values.
+template <class T, class Combine>
+RFK_INLINE auto across_rows(const T* rows, const Combine& combine) {
+  alignas(64) T turned[256];
+  transpose(rows, 16, turned, 16);
+  auto result = load(turned);
+  for (int i = 1; i < 16; ++i) result = combine(result, load(turned + 16 * i));
   return result;
+}
+
+// Sixteen keys' codes as rows of the tiles at `tile`, and the codes' sums.
+RFK_INLINE void store_key_codes(const float* rotated, int64_t width, int64_t tiles, Floats inverse, char* tile, int32_t* row_sum) {
+  int8_t* codes = reinterpret_cast<int8_t*>(tile);
+  for (int64_t i = 0; i < 16; ++i) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      store_low_bytes(codes + d / 64 * kTileBytes + i * 64 + d % 64, to_int(load(rotated + i * width + d) * inverse));
+    }
+  }
+  alignas(64) int32_t sums[256];
+  for (int64_t i = 0; i < 16; ++i) {
+    Ints sum = byte_sums(codes + i * 64);
+    for (int64_t t = 1; t < tiles; ++t) sum = sum + byte_sums(codes + t * kTileBytes + i * 64);
+    store(sums + 16 * i, sum);
+  }
+  store(row_sum, across_rows(sums, [](Ints a, Ints b) { return a + b; }));
 }
 
 bool pack_int8_keys(const HeadView& k, const uint8_t* valid, const AttentionLayout& l, char* packed, float* scratch) {
@@ -187,43 +205,29 @@ bool pack_int8_keys(const HeadView& k, const uint8_t* valid, const AttentionLayo
   const int64_t tiles = l.padded_channels / 64;
   for (int64_t group = 0; group < l.padded_keys / kKeyGroup; ++group) {
     Floats largest = splat(0.0f);
-    for (int64_t i = 0; i < kKeyGroup; ++i) {
-      const int64_t j = group * kKeyGroup + i;
-      float* y = rotated + i * width;
-      if (j >= l.keys || (valid != nullptr && valid[j] == 0)) {
-        for (int64_t d = 0; d < width; ++d) y[d] = 0.0f;
-        continue;
+    for_width(width, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      for (int64_t i = 0; i < kKeyGroup; ++i) {
+        const int64_t j = group * kKeyGroup + i;
+        Floats y[V];
+        if (j < l.keys && (valid == nullptr || valid[j] != 0)) {
+          largest = max(largest, rotate<V>(k, j, padded_mean, l.rotated, row, y));
+        } else {
+          for (int v = 0; v < V; ++v) y[v] = splat(0.0f);
+        }
+        for (int v = 0; v < V; ++v) store(rotated + i * width + kLanes * v, y[v]);
       }
-      load_row(k, j, row);
-      largest = max(largest, rotate_row(row, padded_mean, l.rotated, y));
-    }
+    });
     const float top = reduce_max(largest);
     finite = finite && top <= 3.0e38f;
     const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
     scale[group] = top < kTiny ? 0.0f : top / 127.0f;
     for (int64_t begin = 0; begin < kKeyGroup; begin += 16) {
-      alignas(64) float sums[256];
-      char* tile = keys + (group * 4 + begin / 16) * tiles * kTileBytes;
-      for (int64_t i = 0; i < 16; ++i) {
-        const float* y = rotated + (begin + i) * width;
-        Floats sum = splat(0.0f);
-        for (int64_t d = 0; d < width; d += 16) {
-          const Ints codes = to_int(load(y + d) * inverse);
-          sum = sum + to_float(codes);
-          store_low_bytes(reinterpret_cast<int8_t*>(tile + d / 64 * kTileBytes + i * 64 + d % 64), codes);
-        }
-        store(sums + 16 * i, sum);
-      }
-      store(row_sum + group * kKeyGroup + begin, to_int(across_rows(sums, [](Floats a, Floats b) { return a + b; })));
+      store_key_codes(rotated + begin * width, width, tiles, inverse, keys + (group * 4 + begin / 16) * tiles * kTileBytes,
+                      row_sum + group * kKeyGroup + begin);
     }
   }
   return finite;
-}
-
-// Whether a row is finite whose rotation has the largest magnitude `top`: each rotated value is a sum over the whole row, so that
-// beyond one vector no maximum can pass over a NaN.
-RFK_INLINE bool finite_row(const float* x, float top, const AttentionLayout& l) {
-  return top <= 3.0e38f && (l.rotated > kLanes || all_finite(x, l.channels));
 }
 
 // x is zero padded to a multiple of 16.
@@ -269,11 +273,12 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
   float* addend = reinterpret_cast<float*>(packed + l.addend_at);
   float* key_inverse = reinterpret_cast<float*>(packed + l.inverse_at);
   bool finite = true;
+  const bool direct = vector_rows(v);
   for (int64_t d = 0; d < kMaxChannels; ++d) row[d] = inverse[d] = 0.0f;
   {
     Floats largest[kMaxChannels / 16], spoiled = splat(0.0f);
     for (int64_t i = 0; i < width / 16; ++i) largest[i] = splat(0.0f);
-    if (valid == nullptr && vector_rows(v)) {
+    if (valid == nullptr && direct) {
       for (int64_t begin = 0; begin < l.keys; begin += kKeyGroup) {
         const int64_t end = begin + kKeyGroup < l.keys ? begin + kKeyGroup : l.keys;
         for (int64_t i = 0; i < width / 16; ++i) {
@@ -314,9 +319,9 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
         float* w = scaled + (begin + i) * width;
         Floats largest = splat(0.0f);
         if (j < l.keys && (valid == nullptr || valid[j] != 0)) {
-          load_row(v, j, row);
+          if (!direct) load_row(v, j, row);
           for (int64_t d = 0; d < width; d += 16) {
-            const Floats x = load(row + d) * load(inverse + d);
+            const Floats x = (direct ? load_vector(v, j, d) : load(row + d)) * load(inverse + d);
             store(w + d, x);
             largest = max(largest, abs(x));
           }
@@ -402,64 +407,73 @@ void quantize_keys_values(const HeadView& k, const HeadView& v, const uint8_t* v
   std::memcpy(packed + layout.flag_at, &flag, sizeof flag);
 }
 
+namespace {
+
+// One row's codes (V * 16 bytes) and its scale; false when it is not finite.
+template <int V>
+RFK_INLINE bool quantize_row(const HeadView& q, int64_t row, const AttentionLayout& l, float* staged, int8_t* codes, float* scale) {
+  Floats y[V];
+  const float top = reduce_max(rotate<V>(q, row, nullptr, l.rotated, staged, y));
+  const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
+  *scale = top < kTiny ? 0.0f : top / 127.0f;
+  for (int i = 0; i < V; ++i) store_low_bytes(codes + kLanes * i, to_int(y[i] * inverse));
+  // A rotated value is a sum over its whole row, so that beyond one vector no maximum can pass over a NaN; `staged` holds the others.
+  return top <= 3.0e38f && (V > 1 || (vector_rows(q) && q.channels == kLanes) || all_finite(staged, l.channels));
+}
+
+}  // namespace
+
 bool quantize_query_rows(const HeadView& q, int64_t row, int count, const AttentionLayout& l, int8_t* codes,
                          float* scale, float* scratch) {
-  const int64_t width = round_up(l.rotated, 16);
-  float* x = scratch;
-  float* y = scratch + kMaxChannels;
+  float* staged = scratch;
   alignas(16) int8_t bytes[kMaxChannels];
-  for (int64_t d = 0; d < kMaxChannels; ++d) x[d] = 0.0f;
+  for (int64_t d = 0; d < kMaxChannels; ++d) staged[d] = 0.0f;
   bool finite = true;
-  for (int i = 0; i < count; ++i) {
-    load_row(q, row + i, x);
-    const float top = reduce_max(rotate_row(x, nullptr, l.rotated, y));
-    finite = finite && finite_row(x, top, l);
-    const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
-    scale[i] = top < kTiny ? 0.0f : top / 127.0f;
-    for (int64_t d = 0; d < width; d += 16) store_low_bytes(bytes + d, to_int(load(y + d) * inverse));
-    std::memcpy(codes + i * l.rotated, bytes, static_cast<size_t>(l.rotated));
-  }
+  for_width(round_up(l.rotated, kLanes), [&](auto vectors) {
+    for (int i = 0; i < count; ++i) {
+      finite = quantize_row<decltype(vectors)::value>(q, row + i, l, staged, bytes, scale + i) && finite;
+      std::memcpy(codes + i * l.rotated, bytes, static_cast<size_t>(l.rotated));
+    }
+  });
   return finite;
 }
 
 void quantize_queries(const HeadView& q, int64_t row, int count, const AttentionLayout& l, const float* mean, Queries* out,
                       float* scratch) {
-  const int64_t width = round_up(l.rotated, 16);
   const int64_t dwords = l.padded_channels / (l.int8_keys() ? 4 : 2);
   float* x = scratch;
-  float* y = scratch + kMaxChannels;
-  char* rows = reinterpret_cast<char*>(scratch + 2 * kMaxChannels);  // 32 rows of codes
-  int32_t* turned = reinterpret_cast<int32_t*>(out->codes);
-  std::memset(rows, 0, static_cast<size_t>(kQueryRows * dwords * 4));
+  char* rows = reinterpret_cast<char*>(scratch + kMaxChannels);  // 32 rows of codes
   for (int64_t d = 0; d < kMaxChannels; ++d) x[d] = 0.0f;
-  out->finite = true;
   for (int i = 0; i < kQueryRows; ++i) out->scale[i] = out->mean_dot[i] = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    char* place = rows + i * dwords * 4;
-    load_row(q, row + i, x);
-    if (l.int8_keys()) {
-      const float top = reduce_max(rotate_row(x, nullptr, l.rotated, y));
-      out->finite = out->finite && finite_row(x, top, l);
-      const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
-      out->scale[i] = top < kTiny ? 0.0f : top / 127.0f;
-      for (int64_t d = 0; d < width; d += 16) {
-        store_low_bytes(reinterpret_cast<int8_t*>(place + d), to_int(load(y + d) * inverse));
+  out->finite = true;
+  if (l.int8_keys()) {
+    if (count < kQueryRows || l.rotated < 64) std::memset(rows, 0, static_cast<size_t>(kQueryRows * dwords * 4));
+    for_width(round_up(l.rotated, kLanes), [&](auto vectors) {
+      for (int i = 0; i < count; ++i) {
+        int8_t* codes = reinterpret_cast<int8_t*>(rows + i * dwords * 4);
+        out->finite = quantize_row<decltype(vectors)::value>(q, row + i, l, x, codes, out->scale + i) && out->finite;
       }
-    } else {
+    });
+  } else {
+    std::memset(rows, 0, static_cast<size_t>(kQueryRows * dwords * 4));
+    for (int i = 0; i < count; ++i) {
+      load_row(q, row + i, x);
       out->finite = out->finite && all_finite(x, l.channels);
       out->scale[i] = largest_magnitude(x, l.channels);
-      store_run(place, RFK_BFLOAT16, 1, static_cast<int>(l.padded_channels), x);
+      store_run(rows + i * dwords * 4, RFK_BFLOAT16, 1, static_cast<int>(l.padded_channels), x);
     }
-    if (mean != nullptr) {
-      float dot = 0.0f;
-      for (int64_t d = 0; d < l.channels; ++d) dot += x[d] * mean[d];
-      out->mean_dot[i] = dot;
-    }
+  }
+  for (int i = 0; mean != nullptr && i < count; ++i) {
+    load_row(q, row + i, x);
+    float dot = 0.0f;
+    for (int64_t d = 0; d < l.channels; ++d) dot += x[d] * mean[d];
+    out->mean_dot[i] = dot;
   }
   if (kShiftedQueries && l.int8_keys()) {
     for (int64_t i = 0; i < kQueryRows * dwords * 4; ++i) rows[i] = static_cast<char>(rows[i] ^ 0x80);
   }
-  const int32_t* source = reinterpret_cast<const int32_t*>(rows);
+  const float* source = reinterpret_cast<const float*>(rows);
+  float* turned = reinterpret_cast<float*>(out->codes);
   for (int64_t d = 0; d < dwords; d += 16) {
     transpose(source + d, dwords, turned + d * kQueryRows, kQueryRows);
     transpose(source + 16 * dwords + d, dwords, turned + d * kQueryRows + 16, kQueryRows);
