@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative
 
 pytest.importorskip(
@@ -209,6 +210,39 @@ def test_copies_keep_it(kernel):
             kernel.calls()
             assert torch.equal(evaluate(again, inputs), expected)
             assert kernel.calls("bf16") == FAMILIES[name].calls
+
+
+class WithWeights(torch.nn.Module):
+    """A processor with parameters, as an IP-Adapter's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.5))
+
+    def __call__(self, attn, hidden_states, **kwargs):
+        split = [
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        ]
+        out = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        return attn.to_out[0](out) * self.gain
+
+
+def test_processors_with_weights_stay_in_the_model(kernel):
+    model, inputs = build(FAMILIES["DiT"])
+    for block in model.transformer_blocks:
+        block.attn1.set_processor(WithWeights().requires_grad_(False))
+    exact, state = evaluate(model, inputs), model.state_dict()
+    own = [block.attn1.processor for block in model.transformer_blocks]
+    rfd.set_attention(model)
+    assert relative(evaluate(model, inputs), exact) < BOUND
+    assert kernel.calls() == 3
+    assert model.state_dict().keys() == state.keys()
+    # The weights are the same objects: training or loading reaches both.
+    model.transformer_blocks[1].attn1.processor.gain.zero_()
+    assert own[1].gain == 0
+    rfd.reset_attention(model)
+    assert [block.attn1.processor for block in model.transformer_blocks] == own
 
 
 def test_a_processor_shared_by_layers_and_precisions_per_layer(kernel):

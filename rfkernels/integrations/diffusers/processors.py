@@ -28,11 +28,7 @@ __all__ = ["COUNTS", "KINDS", "install", "kind_of", "options_of", "original_of",
 COUNTS = RouteCounts()  # of every diffusers layer, of both kinds
 # What decides how a layer is covered; see `kind_of`.
 KINDS = ("dispatcher", "processor")
-_ORIGINAL, _PRECISION, _OPTIONS = (
-    "_rfkernels_original",
-    "_rfkernels_precision",
-    "_rfkernels_options",
-)
+_ORIGINAL, _OPTIONS = "_rfkernels_original", "_rfkernels_options"
 
 
 def original_of(processor: Any) -> Any:
