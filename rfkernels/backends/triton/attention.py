@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from rfkernels._errors import BackendUnavailableError
 from rfkernels.backends import triton as package
 from rfkernels.backends.attention_schemes import (
     KEY_BLOCK,
@@ -27,7 +26,8 @@ from rfkernels.backends.triton.quantize import key_value_codes, row_codes
 
 EXACT_ROWS = 4
 EXACT_TILE = 2048  # keys x channels of the exact kernel's tiles
-BOOL, FLOAT, ONE_ROW = 1, 2, 4
+FARTHEST = 2**22  # elements between neighbours: 127 keys and 255 channels stay within 2^31
+BOOL, FLOAT, ONE_ROW = 1, 2, 4  # kinds of mask
 
 
 class Tile(NamedTuple):
@@ -41,20 +41,22 @@ class Tile(NamedTuple):
 def tile_for(scheme: Scheme, dim: int, v_dim: int, capability: tuple[int, int]) -> Tile:
     """The tile by padded head sizes and architecture.
 
-    128 queries in 8 warps hold 64 scores and up to 64 (head size 128) accumulators a thread: 167 to 240 registers. Above
-    a head size of 128 the accumulator alone would take 128, hence 64 queries. Two or three stages as the blocks of K and
-    V fit into shared memory: 99 KiB on 8.6, 8.9 and 12.x, 163 KiB on 8.0, 227 KiB on 9.0 and 10.x.
+    128 queries in 8 warps hold 64 scores and up to 64 (head size 128) accumulators a thread, 170 to 255 registers. Above
+    a head size of 128 the accumulator alone would take 128, hence 64 queries. Loads run ahead as far as shared memory
+    holds the blocks of K and V: 99 KiB on 8.6, 8.9 and 12.x, 163 KiB on 8.0, 227 KiB on 9.0 and 10.x. 9.0 and later data
+    centre parts keep a block for every stage, the others (mma.sync) one fewer.
     """
     large = max(dim, v_dim)
     queries = 128 if large <= 128 else 64
-    kilobytes = {(8, 0): 163, (8, 7): 163, (9, 0): 227}.get(
-        capability, 227 if capability[0] == 10 else 99
-    )
+    wgmma = capability[0] in (9, 10)
+    kilobytes = 227 if wgmma else 163 if capability in ((8, 0), (8, 7)) else 99
     q_bytes = 2 if scheme.qk == "bf16" else 1
     v_bytes = 2 if scheme.pv == "bf16" else 1
     block = scheme.softmax_block * (dim * q_bytes + v_dim * v_bytes) / 1024
+    if block > 96 and kilobytes < 100:  # 16-bit tiles of head size 256: Q has to be small
+        return Tile(32, 4, 1)
     fixed = queries * dim * q_bytes / 1024 + 3  # Q, and what reductions exchange
-    stages = int((kilobytes - fixed) // block)
+    stages = int((kilobytes - fixed) // block) + (0 if wgmma else 1)
     return Tile(queries, 8, max(1, min(3, stages)))
 
 
@@ -94,17 +96,9 @@ def valid_keys(
     return valid.expand(batch, kv_heads, keys)
 
 
-def _check(scheme: Scheme, interpreted: bool) -> None:
-    if scheme.pv == "u8":
-        raise BackendUnavailableError(
-            f"attention: {scheme.name} has no Triton kernel: tl.dot takes no unsigned P with signed V;"
-            " use int8_bf16 or int8_fp8"
-        )
-    if not interpreted and "e4m3" in (scheme.qk, scheme.pv) and package._capability() < (8, 9):
-        raise BackendUnavailableError(
-            f"attention: {scheme.name} needs compute capability 8.9 for e4m3; this device has "
-            f"{'.'.join(map(str, package._capability()))}; use int8_bf16"
-        )
+def _near(codes: torch.Tensor) -> torch.Tensor:
+    """K or V with the elements of a block less than 2^31 apart: the kernel adds 32-bit offsets to a block's base."""
+    return codes if max(codes.stride()[2:]) <= FARTHEST else codes.contiguous()
 
 
 def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int:
@@ -112,13 +106,13 @@ def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int
     knows. Of keys that were quantized before, only the codes are left: their NaNs and infinities come out as NaN."""
     kind = SCHEMES[scheme]
     interpreted = package.interpreted()
-    _check(kind, interpreted)
     batch, heads, queries, raw_dim = q.shape
     if not out.numel():
         return 0
     if kv is None:
         kv = key_value_codes(k, v, kind, valid_keys(attn_mask, is_causal, k, queries))
-    kv_heads, keys = kv.k_codes.shape[1:3]
+    k_codes, v_codes = _near(kv.k_codes), _near(kv.v_codes)
+    kv_heads, keys = k_codes.shape[1:3]
     q_codes, q_scale = row_codes(q, kind)
     dim, v_dim = q_codes.shape[-1], out.shape[-1]
     length = padded_dim(raw_dim) if kind.rotated else 1
@@ -133,9 +127,9 @@ def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int
     transposed = kind.pv == "e4m3"
     launch(
         "attention", attention_kernel, batch * heads * tiles, q.device,
-        q_codes, q_scale, kv.k_codes, kv.k_scale, kv.v_codes, kv.v_scale, mask, out, lse, spoiled,
+        q_codes, q_scale, k_codes, kv.k_scale, v_codes, kv.v_scale, mask, out, lse, spoiled,
         q if kind.rotated and lse is not None else None, kv.k_mean if lse is not None else None,
-        q_codes.stride(), kv.k_codes.stride(), kv.v_codes.stride(), mask_strides, out.stride(), lse_strides,
+        q_codes.stride(), k_codes.stride(), v_codes.stride(), mask_strides, out.stride(), lse_strides,
         q.stride(), heads, heads // kv_heads, queries, keys, dim, v_dim, raw_dim, tiles,
         abs(scale) * LOG2_E / length, float(scale),
         BM=tile.queries, BN=kind.softmax_block, D=padded, DV=v_padded, KEYS=KEY_BLOCK if kind.rotated else 0,

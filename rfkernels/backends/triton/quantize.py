@@ -359,7 +359,10 @@ def quantize_q(
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, scheme: str, valid: torch.Tensor | None) -> KV:
     """See ``rfkernels.backends.reference.quantize.quantize_kv``."""
     kv = key_value_codes(k, v, SCHEMES[scheme], valid)
-    finite = kv.v_scale if kv.v_scale is not None else kv.v_codes.flatten(2)
-    finite = finite.isfinite().all(-1)
-    keys = kv.k_scale if kv.k_scale is not None else kv.k_codes.flatten(2)
-    return kv._replace(finite=finite & keys.isfinite().all(-1))
+    # What is kept must not change with the caller's tensors.
+    k_codes = kv.k_codes.clone() if kv.k_codes is k else kv.k_codes
+    v_codes = kv.v_codes.clone() if kv.v_codes is v else kv.v_codes
+    values = v_codes.flatten(2) if kv.v_scale is None else kv.v_scale
+    keys = k_codes.flatten(2) if kv.k_scale is None else kv.k_scale
+    finite = values.isfinite().all(-1) & keys.isfinite().all(-1)
+    return kv._replace(k_codes=k_codes, v_codes=v_codes, finite=finite)
