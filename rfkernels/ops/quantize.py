@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rfkernels import _dispatch
+from rfkernels import _dispatch, _registry
 from rfkernels._errors import BackendUnavailableError
-from rfkernels.backends.attention_schemes import MAX_HEAD_DIM
+from rfkernels.backends.attention_schemes import MAX_HEAD_DIM, SCHEMES
+from rfkernels.backends.reference import quantize as reference
 from rfkernels.ops import _attention_checks as checks
 from rfkernels.ops import _attention_route as route
 
@@ -37,9 +38,9 @@ class QuantizedKV:
     @property
     def k_mean(self) -> torch.Tensor | None:
         """(B, Hk, D) float32, the mean that was taken off K; None under ``bf16``."""
-        if hasattr(self.tensors, "k_mean"):
-            return self.tensors.k_mean
-        return _dispatch.load_backend(self.backend, "quantize").k_mean(self.tensors, self.scheme)
+        module = _dispatch.load_backend(self.backend, "quantize")
+        kv = module.KV(*self.tensors)
+        return kv.k_mean if hasattr(kv, "k_mean") else module.k_mean(kv, self.scheme)
 
 
 def quantize(
@@ -64,7 +65,8 @@ def quantize(
         A ``QuantizedKV``. A head of K or V that holds a NaN or an infinity gives NaN: the exact path needs the originals.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range; K or V that need a gradient.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range; K or V that need a gradient or are
+            mapped by vmap.
         BackendUnavailableError: no kernel for this precision on this device.
     """
     name = "quantize"
@@ -77,22 +79,78 @@ def quantize(
             raise ValueError(
                 f"{name}: {argument} must have at most {MAX_HEAD_DIM} channels; got {tensor.shape[3]}"
             )
-    if _dispatch.recorded(k, v):
+    if _dispatch.transforms_active() or _dispatch.recorded(k, v):
         raise ValueError(
-            f"{name}: k and v must not require a gradient, which ends at the codes; pass them to attention itself"
+            f"{name}: k and v must not require a gradient or be mapped by vmap, which codes do not carry; pass them to "
+            "attention itself"
         )
     valid = _valid(name, key_mask, k)
     scheme = route.scheme_of(name, precision, k)
-    found = route.choose(name, scheme, k)
-    if isinstance(found, str):
-        raise BackendUnavailableError(f"{name}: {found}; rfkernels.use_backend('reference') can")
-    backend, module = found
-    with torch.no_grad():
-        tensors = module.quantize_kv(k, v, scheme, valid)
+    backend = _backend(k, scheme)
+    if _dispatch.plain(k, v, key_mask):
+        tensors = _parts(k, v, valid, scheme, backend)
+    else:
+        tensors = quantize_op(k, v, valid, scheme, backend)
+    tensors = _with_gaps(tensors, scheme, backend)
     return QuantizedKV(
         precision, scheme, backend, tuple(k.shape), v.shape[3], k.dtype, k.device,
         None if key_mask is None else valid[:, : _mask_heads(key_mask), None], tensors,
     )  # fmt: skip
+
+
+def _backend(k: torch.Tensor, scheme: str) -> str:
+    """Whose kernels quantize; in a graph the choice that its kernels will find at run time."""
+    if torch.compiler.is_compiling():
+        return "native" if k.is_cpu else "triton"
+    found = route.choose("quantize", scheme, k)
+    if isinstance(found, str):
+        raise BackendUnavailableError(f"quantize: {found}; rfkernels.use_backend('reference') can")
+    return found[0]
+
+
+def _parts(k, v, valid, scheme: str, backend: str) -> list[torch.Tensor]:
+    """The backend's tensors, in memory of their own."""
+    with torch.no_grad():
+        parts = _dispatch.load_backend(backend, "quantize").quantize_kv(k, v, scheme, valid)
+    inputs = {t.untyped_storage().data_ptr() for t in (k, v)}
+    return [
+        part.clone(memory_format=torch.contiguous_format)
+        if part.untyped_storage().data_ptr() in inputs  # values that are bfloat16 already
+        else part.contiguous()
+        for part in parts
+        if part is not None
+    ]
+
+
+def _with_gaps(parts: list[torch.Tensor], scheme: str, backend: str) -> tuple:
+    """The parts with None where the scheme has none, as an op's list of tensors cannot say it."""
+    if backend == "native":
+        return tuple(parts)
+    kind, rest = SCHEMES[scheme], iter(parts)
+    there = (True, kind.rotated, kind.rotated, True, kind.pv == "u8", kind.pv != "bf16", True)
+    return tuple(next(rest) if part else None for part in there)
+
+
+def _fake(k, v, valid, scheme: str, backend: str) -> list[torch.Tensor]:
+    if backend == "native":
+        return _dispatch.load_backend(backend, "quantize").empty_kv(k, v, scheme)
+    parts = reference.quantize_kv(k, v, scheme, valid)
+    return [part.new_empty(part.shape) for part in parts if part is not None]
+
+
+def _below_autograd(*args):
+    """Gradients never reach the op: ``quantize`` refuses them with the reason."""
+    with _registry.below_autograd():
+        return quantize_op(*args)
+
+
+quantize_op = _registry.register(
+    "quantize",
+    "(Tensor k, Tensor v, Tensor? valid, str scheme, str backend) -> Tensor[]",
+    kernel=_parts,
+    fake=_fake,
+    autograd=_below_autograd,
+)
 
 
 def _mask_heads(key_mask: torch.Tensor) -> int | None:

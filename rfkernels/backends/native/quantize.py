@@ -58,6 +58,13 @@ def k_mean(kv: KV, scheme: str) -> torch.Tensor | None:
     return kv.packed[..., at : at + 4 * channels].contiguous().view(torch.float32)
 
 
+def empty_kv(k: torch.Tensor, v: torch.Tensor, scheme: str) -> list[torch.Tensor]:
+    """Tensors like those of ``quantize_kv`` on the CPU, nothing computed."""
+    batch, heads, keys, channels = k.shape
+    size, _ = _C.quantized_layout(scheme_number(scheme), keys, channels, v.shape[-1])
+    return [k.new_empty((batch, heads, size), dtype=torch.uint8), k.new_empty(3, dtype=torch.int64)]
+
+
 def quantize_kv(
     k: torch.Tensor, v: torch.Tensor, scheme: str, valid: torch.Tensor | None
 ) -> KV | quantize_cuda.HeadsKV:
