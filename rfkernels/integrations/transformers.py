@@ -132,7 +132,7 @@ def register_attention(
             as do calls with dropout or in dtypes that `rf.attention` does not take.
 
     Raises:
-        ImportError: transformers is missing or older than 4.53.
+        ImportError: transformers is missing or has no table of masks.
         ValueError: the name is malformed or one of transformers' own, or an unknown precision.
 
     A model whose attention has a logit cap or learned sinks is refused when it is called.
@@ -143,7 +143,7 @@ def register_attention(
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     except ImportError as error:
         raise ImportError(
-            "register_attention: needs transformers 4.53 or later; install it with: pip install "
+            "register_attention: needs transformers 5 or later; install it with: pip install "
             '"rfkernels[transformers]"'
         ) from error
     check_precision("register_attention", precision)

@@ -41,6 +41,6 @@ def test_what_is_missing_is_named():
     assert run.stdout.splitlines() == [
         "register_attention_backend: needs diffusers 0.35 or later; install it with: "
         'pip install "rfkernels[diffusers]"',
-        "register_attention: needs transformers 4.53 or later; install it with: "
+        "register_attention: needs transformers 5 or later; install it with: "
         'pip install "rfkernels[transformers]"',
     ]

@@ -9,7 +9,7 @@ from conftest import relative
 from rfkernels.integrations import set_precision
 from rfkernels.integrations import transformers as rft
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
 
 SIZES = {
     "hidden_size": 64,
