@@ -82,6 +82,18 @@ def plain(*tensors: object) -> bool:
     return True
 
 
+def plain_alike(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """``plain`` for strided tensors of one device, in half the time."""
+    if _is_compiling() or _mode_depth() or _function_mode_depth() or _tracing() or first.is_meta:
+        return False
+    if type(first) not in _PLAIN or first.is_neg():
+        return False
+    for tensor in others:  # noqa: SIM110  (a generator costs half a microsecond)
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return False
+    return True
+
+
 def recorded(*tensors: object) -> bool:
     """True when autograd is to record the call."""
     if torch.is_grad_enabled():

@@ -127,6 +127,8 @@ def mask(
         raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
     if value.dtype != torch.bool and value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be bool or floating point; got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor; got layout {value.layout}")
     if value.device != q.device:
         raise ValueError(f"{op}: {name} must be on the device of q, {q.device}; got {value.device}")
     sizes = value.shape

@@ -87,12 +87,13 @@ def attention(
     scale = checks.scale(name, scale, q.shape[3])
     if attn_mask is not None:
         checks.mask(name, attn_mask, q, (*q.shape[:3], k.shape[2]))
-    checks.flags(name, is_causal=is_causal, return_lse=return_lse)
+    if is_causal.__class__ is not bool or return_lse.__class__ is not bool:
+        checks.flags(name, is_causal=is_causal, return_lse=return_lse)
     scheme = scheme_of(name, precision, q)
     args = (q, k, v, attn_mask, is_causal, scale, precision, scheme, return_lse)
     if _dispatch.transforms_active():
         out, lse = Attention.apply(*args)
-    elif not _dispatch.plain(q, k, v, attn_mask):
+    elif not _dispatch.plain_alike(q, k, v, attn_mask):
         out, lse = attention_op(*args)
     else:
         found = decide(q, k, v, attn_mask, is_causal, scheme)

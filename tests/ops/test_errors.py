@@ -228,6 +228,7 @@ ATTENTION = [
     (attention(q=Q.to_sparse()), TypeError, "attention: q must be a strided tensor; got layout torch.sparse_coo"),
     (attention(attn_mask=[1]), TypeError, "attention: attn_mask must be a tensor; got list"),
     (attention(attn_mask=torch.ones(5, 7, dtype=torch.int64)), TypeError, "attention: attn_mask must be bool or floating point; got torch.int64"),
+    (attention(attn_mask=torch.ones(5, 7).to_sparse()), TypeError, "attention: attn_mask must be a strided tensor; got layout torch.sparse_coo"),
     (attention(attn_mask=torch.ones(7)), ValueError, "attention: attn_mask must have 2 to 4 dimensions that broadcast to (2, 4, 5, 7); got (7,)"),
     (attention(attn_mask=torch.ones(3, 5, 7)), ValueError, "attention: attn_mask must have 2 to 4 dimensions that broadcast to (2, 4, 5, 7); got (3, 5, 7)"),
     (attention(attn_mask=torch.ones(1, 2, 4, 5, 7)), ValueError, "attention: attn_mask must have 2 to 4 dimensions"),
