@@ -15,21 +15,13 @@ import triton
 import triton.language as tl
 
 from rfkernels.backends import attention_schemes as schemes
+from rfkernels.backends.triton.quantize_tiles import head_base
 
 _LOG2_E = tl.constexpr(schemes.LOG2_E)
 _LN_2 = tl.constexpr(math.log(2.0))
 _FLOOR = tl.constexpr(schemes.FLOOR)
 _MASKED = tl.constexpr(schemes.MASKED)
 _LOWEST = tl.constexpr(-3.0e38)  # finite: a row that met no key yet has no infinities to subtract
-
-
-@triton.jit
-def head_base(pointer, strides, head, heads):
-    """Address of the first element of one head of a (B, H, ...) tensor; ``head`` counts through B and H."""
-    batch = head // heads
-    return (
-        pointer + batch.to(tl.int64) * strides[0] + (head - batch * heads).to(tl.int64) * strides[1]
-    )
 
 
 @triton.jit

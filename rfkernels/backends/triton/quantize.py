@@ -18,6 +18,7 @@ from rfkernels.backends.triton.launch import launch
 from rfkernels.backends.triton.quantize_tiles import (
     codes,
     encode,
+    head_base,
     in_order,
     magnitude,
     rotated,
@@ -34,22 +35,27 @@ UNROLLED = 16  # loads of K in flight in front of their additions
 
 
 @triton.jit
-def _rows(pointer, strides, head, heads, row, channel, mask):
-    """Float32 tile of a (B, H, S, D) tensor; ``head`` counts through B and H; what the mask hides is 0."""
-    batch = head // heads
-    at = (
-        pointer + batch.to(tl.int64) * strides[0] + (head - batch * heads).to(tl.int64) * strides[1]
+def _places(pointer, strides, head, heads, row, channel):
+    """Addresses of a tile of a (B, H, S, D) tensor; ``head`` counts through B and H."""
+    return (
+        head_base(pointer, strides, head, heads)
+        + row.to(tl.int64) * strides[2]
+        + channel * strides[3]
     )
-    at += row.to(tl.int64) * strides[2] + channel * strides[3]
+
+
+@triton.jit
+def _rows(pointer, strides, head, heads, row, channel, mask):
+    """Float32 tile; what the mask hides is 0."""
+    at = _places(pointer, strides, head, heads, row, channel)
     return tl.load(at, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _open(valid, strides, head, heads, key, mask):
     """Which of the keys are valid."""
-    batch = head // heads
-    at = valid + batch.to(tl.int64) * strides[0] + (head - batch * heads).to(tl.int64) * strides[1]
-    return tl.load(at + key.to(tl.int64) * strides[2], mask, other=0) != 0
+    at = head_base(valid, strides, head, heads) + key.to(tl.int64) * strides[2]
+    return tl.load(at, mask, other=0) != 0
 
 
 @triton.jit
@@ -62,9 +68,8 @@ def rows_kernel(
     head = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * R + tl.arange(0, R)
     channel = tl.arange(0, D)[None, :]
-    x = _rows(
-        q, strides, head, heads, row[:, None], channel, (row[:, None] < queries) & (channel < dim)
-    )
+    inside = (row[:, None] < queries) & (channel < dim)
+    x = _rows(q, strides, head, heads, row[:, None], channel, inside)
     # Padding is +0 after the signs, too: -0 would reach the codes of an all-zero row.
     x = tl.where(channel < dim, signed(x, channel, (D + 31) // 32), 0.0)
     y = rotated(x, R, LOW, HIGH)
@@ -84,6 +89,7 @@ def _key_sums(
     head = program // tiles
     block = program % tiles * G + tl.arange(0, G)
     channel = tl.arange(0, D)[None, :]
+    places = _places(k, k_strides, head, heads, (block * KEYS)[:, None], channel)
     total = tl.zeros((G, D), tl.float32)
     count = tl.zeros((G,), tl.int32)
     for first in range(0, KEYS, UNROLL):
@@ -94,9 +100,8 @@ def _key_sums(
                 mask = _open(valid, valid_strides, head, heads, key, mask)
                 count += mask.to(tl.int32)
             # Adding the 0 of a masked load changes nothing: a sum from +0 is never -0.
-            total += _rows(
-                k, k_strides, head, heads, key[:, None], channel, mask[:, None] & (channel < dim)
-            )
+            at = places + tl.cast(first + step, tl.int64) * k_strides[2]
+            total += tl.load(at, mask[:, None] & (channel < dim), other=0.0).to(tl.float32)
     at = head.to(tl.int64) * blocks + block
     tl.store(sums + at[:, None] * dim + channel, total, (block[:, None] < blocks) & (channel < dim))
     if VALID:

@@ -22,6 +22,15 @@ _SIGNS = tl.constexpr(  # as signed integers: a literal above 2^31 would be 64 b
 
 
 @triton.jit
+def head_base(pointer, strides, head, heads):
+    """Address of the first element of one head of a (B, H, ...) tensor; ``head`` counts through B and H."""
+    batch = head // heads
+    return (
+        pointer + batch.to(tl.int64) * strides[0] + (head - batch * heads).to(tl.int64) * strides[1]
+    )
+
+
+@triton.jit
 def signed(x, channel, WORDS: tl.constexpr):
     """x with the fixed signs of its channels; ``channel`` broadcasts against x, WORDS = padded channels / 32."""
     word = tl.zeros_like(channel) + _SIGNS[0]
