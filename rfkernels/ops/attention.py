@@ -51,7 +51,8 @@ def attention(
         enable_gqa: let Hq be a multiple of Hk; query head h reads head h // (Hq / Hk) of K and V.
         precision: a scheme: ``int8_u8`` (int8 Q K, unsigned 8-bit P, int8 V), ``int8_bf16`` (int8 Q K, bfloat16 P V),
             ``int8_fp8``, ``fp8`` (e4m3; Triton), ``bf16`` (both in bfloat16); or ``int8``: on the CPU ``int8_u8``, on CUDA
-            ``int8_bf16`` for D <= 64 or before compute capability 8.9, else ``int8_fp8``. Ignored with a ``QuantizedKV``.
+            ``int8_bf16`` for D <= 64 or before compute capability 8.9, else ``int8_fp8``. A
+            ``QuantizedKV`` brings its own; ``int8`` stands for it.
         return_lse: also return the natural logarithm of the softmax denominators.
 
     Returns:
@@ -61,6 +62,8 @@ def attention(
         A (batch, head) with a NaN, an infinity, a mask value above 1e30 or scores that could pass 1e30 takes PyTorch's
         attention, so exactly the rows that it spoils are NaN. float64 inputs, float16 under ``bf16``, head sizes above 256
         and what no kernel here runs are handed over to PyTorch; ``rfkernels.attention_stats`` counts both.
+
+        A ``QuantizedKV`` has no derivatives, and its heads with a NaN or an infinity give NaN.
 
         Differentiable once: the backward runs PyTorch's attention on the saved inputs (straight-through), also for lse and
         a float mask; a second derivative raises. Forward-mode derivatives are those of exact attention at the quantized
