@@ -35,7 +35,7 @@ def attend_quantized(
     attn_mask = _with_key_mask(attn_mask, kv.key_mask, q.shape[1])
     tensors = kv.tensors
     args = (
-        attn_mask, is_causal, scale, precision, kv.scheme, kv.backend, keys, kv.value_dim, return_lse,
+        attn_mask, is_causal, scale, kv.precision, kv.scheme, kv.backend, keys, kv.value_dim, return_lse,
     )  # fmt: skip
     if _dispatch.plain(q, attn_mask):
         out, lse = _serve(q, tensors, *args)

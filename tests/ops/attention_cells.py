@@ -78,13 +78,13 @@ class AttentionCell:
             if self.isa is not None:
                 _C.cap_isa("amx")
 
-    def run(self, call: Callable[[], T], *, precision: str | None = None) -> T:
+    def run(self, call: Callable[[], T]) -> T:
         """The call's result, after the counters have shown that this scheme ran here and nothing was handed over."""
         rf.attention_stats(reset=True)
         with self.active():
             result = call()
         stats = rf.attention_stats(reset=True)
-        assert set(stats.calls) == {(precision or self.scheme, self.scheme, self.backend)}, stats
+        assert set(stats.calls) == {(self.scheme, self.scheme, self.backend)}, stats
         assert not stats.handovers, stats
         return result
 
