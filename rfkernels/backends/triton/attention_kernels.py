@@ -70,14 +70,14 @@ def _weights(p, like, P_BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _block(
-    state, q, row_factor, k, k_scale, v, mask, k_strides, v_strides, mask_strides,
+    accumulator, total, reference, running, q, row_factor,
+    k, k_scale, v, mask, k_strides, v_strides, mask_strides,
     first, row, queries, keys, dim, v_dim,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CLOSED: tl.constexpr, PADDED: tl.constexpr,
     TRANSPOSED: tl.constexpr, NEGATIVE: tl.constexpr, P_BITS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. CLOSED: some scores may not count. ``state`` = (accumulator, sum, reference, running maximum)."""
-    accumulator, total, reference, running = state
+    """One block of keys. CLOSED: some scores may not count. Returns (accumulator, sum, reference, running maximum)."""
     within = tl.arange(0, BN)
     key = first + within
     channel = tl.arange(0, D)
@@ -209,22 +209,25 @@ def attention_kernel(
         whole = 0
     accumulator = tl.zeros((BM, DV), tl.float32)
     lowest = tl.full((BM,), _LOWEST, tl.float32)
-    state = (accumulator, tl.zeros((BM,), tl.float32), lowest, lowest)
+    total = tl.zeros((BM,), tl.float32)
+    reference = lowest
+    running = lowest
     if not MASK:
         for first in range(0, whole, BN):
-            state = _block(
-                state, q_tile, row_factor, k_base, scales, v_base, masks, k_strides, v_strides, mask_strides,
+            accumulator, total, reference, running = _block(
+                accumulator, total, reference, running, q_tile, row_factor,
+                k_base, scales, v_base, masks, k_strides, v_strides, mask_strides,
                 first, row, queries, keys, dim, v_dim, BM, BN, D, DV, KEYS, 0, False, False, PADDED,
                 TRANSPOSED, NEGATIVE, P_BITS, INTERPRETED,
             )  # fmt: skip
     if MASK or CAUSAL or RAGGED:
         for first in range(whole, end, BN):
-            state = _block(
-                state, q_tile, row_factor, k_base, scales, v_base, masks, k_strides, v_strides, mask_strides,
+            accumulator, total, reference, running = _block(
+                accumulator, total, reference, running, q_tile, row_factor,
+                k_base, scales, v_base, masks, k_strides, v_strides, mask_strides,
                 first, row, queries, keys, dim, v_dim, BM, BN, D, DV, KEYS, MASK, CAUSAL, True, PADDED,
                 TRANSPOSED, NEGATIVE, P_BITS, INTERPRETED,
             )  # fmt: skip
-    accumulator, total, reference, _ = state
 
     v_channel = tl.arange(0, DV)
     empty = total == 0.0
