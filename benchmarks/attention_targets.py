@@ -32,10 +32,10 @@ class Speed:
 
 
 SPEEDS = (
-    Speed("attention", "int8", {1024: 1.8, 4096: 2.2}),
-    Speed("attention", "int8, K and V quantized before", {}),
-    Speed("attention", "int8_bf16", {}),
-    Speed("attention", "bf16", {}),
+    Speed("attention_bfloat16", "int8", {1024: 1.8, 4096: 2.2}),
+    Speed("attention_bfloat16", "int8, K and V quantized before", {}),
+    Speed("attention_bfloat16", "int8_bf16", {}),
+    Speed("attention_bfloat16", "bf16", {}),
     Speed("attention_causal", "int8", {}),
     Speed("attention_masked", "int8", {}),
     Speed("attention_float32", "int8", {}),
@@ -76,7 +76,11 @@ def check(rows: list[Row]) -> Iterator[Found]:
             if ratio is None:
                 continue
             state = "shown" if goal is None else "reached" if ratio >= goal else "missed"
-            mark = f" (mark {MARK:g}x)" if (speed.case, speed.ours) == ("attention", "int8") else ""
+            mark = (
+                f" (mark {MARK:g}x)"
+                if (speed.case, speed.ours) == ("attention_bfloat16", "int8")
+                else ""
+            )
             text = f"{speed.case}: {speed.ours} against SDPA in {row['dtype']}{mark}"
             yield (
                 text,
@@ -124,7 +128,7 @@ def _share(rows: list[Row]) -> Iterator[Found]:
 
 def _tops(rows: Iterator[Row]) -> Iterator[Found]:
     for row in rows:
-        if row["role"] == "fused" and row["case"] == "attention":
+        if row["role"] == "fused" and row["case"] == "attention_bfloat16":
             goal = TOPS.get(shape_of(row)[4]) if shape_of(row)[3] >= 8192 else None
             tops = float(row["gflop_s"]) / 1000
             state = "shown" if goal is None else "reached" if tops >= goal else "missed"

@@ -17,6 +17,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# `python -P` leaves the script's folder out.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gpu_attention
 import torch
 
 import rfkernels as rf
@@ -257,7 +261,10 @@ def check_bandwidth(rows) -> dict:
     return {"ok": not slow, "below_goal_pct_of_copy": slow}
 
 
-CHECKS = (check_bits, check_devices_agree, check_one_launch, check_graph, check_side_stream, check_bandwidth)
+CHECKS = (
+    check_bits, check_devices_agree, check_one_launch, check_graph, check_side_stream, check_bandwidth,
+    *gpu_attention.CHECKS,
+)  # fmt: skip
 
 
 def main() -> int:

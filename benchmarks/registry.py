@@ -195,7 +195,7 @@ def relative_error(outputs: Outputs, expected: tuple[torch.Tensor, ...]) -> floa
 
 
 def all_cases(only: str | None = None) -> list[Case]:
-    """Every registered case, or those of one op or of one name.
+    """Every registered case, or those of the ops and names in ``only``, separated by commas.
 
     Raises:
         ValueError: nothing is called that.
@@ -206,8 +206,8 @@ def all_cases(only: str | None = None) -> list[Case]:
     cases = [case for module in modules for case in module.CASES]
     if only is None:
         return cases
-    chosen = [case for case in cases if only in (case.op, case.name)]
-    if not chosen:
-        names = sorted({case.op for case in cases}) + [case.name for case in cases]
-        raise ValueError(f"only: must be one of {', '.join(names)}; got {only!r}")
-    return chosen
+    wanted = only.split(",")
+    names = sorted({case.op for case in cases}) + [case.name for case in cases]
+    if unknown := [name for name in wanted if name not in names]:
+        raise ValueError(f"only: must be one of {', '.join(names)}; got {unknown[0]!r}")
+    return [case for case in cases if case.op in wanted or case.name in wanted]

@@ -37,7 +37,7 @@ COLUMNS = (
     *("sqnr_db", "cosine", "relative_l1", "rmse", "rfkernels", "torch", "isa", "commit", "date"),
 )
 COUNT = len(NATIVE) + len(REFERENCE) + len(PEERS)  # rows for one place
-QUERIES = 1024  # query rows taken; each stands for itself, and all keys count
+QUERIES = 512  # query rows taken; each stands for itself, and all keys count
 TIMES = (0.1, 0.5, 0.9)
 Row = dict[str, str]
 

@@ -150,6 +150,8 @@ def _attention(
 
     variants = []
     for precision in precisions[setting.device]:
+        if "fp8" in precision and torch.cuda.get_device_capability() < (8, 9):
+            continue
         call = partial(rf.attention, q, k, v, precision=precision, **options)
         variants.append(ours(precision, precision, call))
         if precision == "int8":
@@ -262,7 +264,7 @@ def _case(name: str, build, shapes: dict, dtypes=("bfloat16",), flops=_flops, cu
 
 
 CASES = [
-    _case("attention", partial(_attention, precisions=PRECISIONS), LARGE, cuda=CUDA),
+    _case("attention_bfloat16", partial(_attention, precisions=PRECISIONS), LARGE, cuda=CUDA),
     _case(
         "attention_causal", partial(_attention, precisions=PRECISIONS, is_causal=True), FEW,
         flops=partial(_flops, share=0.5), cuda=CUDA,

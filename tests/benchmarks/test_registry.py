@@ -35,7 +35,6 @@ MODULES = (
         "run",
         "ops",
     ),
-    *("peers", "accuracy", "tables", "attention_inputs"),
 )
 
 
