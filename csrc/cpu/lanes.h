@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #if RFK_X86
 #include <immintrin.h>
@@ -25,7 +24,7 @@ namespace rfk {
 namespace RFK_ISA_NAMESPACE {
 
 constexpr int kLanes = 16;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr float kMinusInfinity = -HUGE_VALF;
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 

@@ -68,6 +68,7 @@ def system_report() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpus": _gpus(),
         "backends": rfkernels.backend_table(),
+        "attention": _attention(),
     }
 
 
@@ -104,6 +105,26 @@ def _cpu() -> dict[str, Any]:
         "OpenMP": _C.has_openmp(),
         "CUDA kernels for": _C.cuda_archs() or None,
     }
+
+
+def _attention() -> dict[str, Any]:
+    """What "int8" means here, the kernels' instruction set level, and when PyTorch's attention serves a call instead."""
+    from rfkernels.backends.attention_schemes import resolve
+    from rfkernels.ops._attention_handover import rules
+
+    found: dict[str, Any] = {"int8 on the CPU": resolve("int8", "cpu", 64, None), "ISA": None}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        capability = torch.cuda.get_device_capability(index)
+        for head_dim in (64, 128):
+            name = f"int8 on GPU {index}, head size {head_dim}"
+            found[name] = resolve("int8", "cuda", head_dim, capability)
+    try:
+        from rfkernels import _C
+    except ImportError:
+        pass
+    else:
+        found["ISA"] = _C.attention_isa()
+    return found | {"handed over to PyTorch": rules()}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -166,6 +187,16 @@ def _show(report: dict[str, Any]) -> None:
         console.print("\n[bold]Why a cell is empty[/]")
         for number, (reason, where) in enumerate(reasons.items(), start=1):
             console.print(f"  {number}  {', '.join(where)}: {reason}", soft_wrap=True)
+    attention = dict(report["attention"])
+    handed = attention.pop("handed over to PyTorch")
+    console.print("\n[bold]Attention[/]")
+    console.print(
+        "  " + "; ".join(f"{name}: {value or 'none'}" for name, value in attention.items()),
+        soft_wrap=True,
+    )
+    console.print("  handed over to PyTorch's attention, and counted by rf.attention_stats():")
+    for sentence in handed:
+        console.print(f"  - {sentence}", soft_wrap=True)
 
 
 def _yes(value: bool) -> str:

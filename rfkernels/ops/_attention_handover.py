@@ -70,3 +70,9 @@ def handover_reason(
         ):
             return row.reason
     return None
+
+
+def rules() -> list[str]:
+    """Every reason of the rule as a sentence, for ``rfkernels doctor`` and the guide."""
+    small = [row.reason for rows in SMALL.values() for row in rows]
+    return [FLOAT64, FLOAT16, HEAD_SIZE, *dict.fromkeys(small)]
