@@ -73,8 +73,8 @@ def rows_kernel(
     # Padding is +0 after the signs, too: -0 would reach the codes of an all-zero row.
     x = tl.where(channel < dim, signed(x, channel, (D + 31) // 32), 0.0)
     y = rotated(x, R, LOW, HIGH)
-    scale, inverse = scale_and_inverse(tl.max(magnitude(y, HIGH), 1), LARGEST)
-    code = in_order(codes(y, inverse[:, None], HIGH, LARGEST == 448, NATIVE), R, LOW, HIGH)
+    scale, inverse = scale_and_inverse(tl.max(magnitude(y, HIGH, magnitude), 1), LARGEST)
+    code = in_order(codes(y, inverse[:, None], HIGH, LARGEST == 448, NATIVE, codes), R, LOW, HIGH)
     at = head.to(tl.int64) * queries + row
     tl.store(q_codes + at[:, None] * D + channel, code, row[:, None] < queries)
     tl.store(q_scale + at, scale, row < queries)
@@ -209,9 +209,9 @@ def _key_codes(
     mean = tl.load(k_mean + head.to(tl.int64) * dim + channel, channel < dim, other=0.0)
     x = tl.where(mask & (channel < dim), signed(x - mean, channel, (D + 31) // 32), 0.0)
     y = rotated(x, KEYS, LOW, HIGH)
-    largest = tl.max(tl.max(magnitude(y, HIGH), 1), 0)
+    largest = tl.max(tl.max(magnitude(y, HIGH, magnitude), 1), 0)
     scale, inverse = scale_and_inverse(tl.broadcast_to(largest, (1, 1)), LARGEST)
-    code = in_order(codes(y, inverse, HIGH, LARGEST == 448, NATIVE), KEYS, LOW, HIGH)
+    code = in_order(codes(y, inverse, HIGH, LARGEST == 448, NATIVE, codes), KEYS, LOW, HIGH)
     at = (head.to(tl.int64) * keys + key)[:, None] * D + channel
     tl.store(k_codes + at, code, key[:, None] < keys)
     tl.store(k_scale + program + tl.zeros((1, 1), tl.int32), scale)

@@ -4,6 +4,9 @@ The transform of a row goes through two groups of butterflies. The low bits of t
 tensors of their own (``tl.split``), so that their butterflies are additions inside a thread; then the tile is turned once
 and the high bits take their place. Compiled for sm_90 that is 21 to 25 machine instructions an element with everything
 else, against 38 to 43 when every stage reshapes the tile. The additions come in the reference's order: spans 1, 2, 4, ...
+
+A function that goes on along the next dimension is handed itself as AGAIN: Triton 3.4 does not end when it follows the names
+of a function that calls itself.
 """
 
 from __future__ import annotations
@@ -58,31 +61,31 @@ def unfold(x, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def walsh(y, N: tl.constexpr):
-    """Hadamard transform over the N trailing dimensions of length 2, the last one first."""
+def walsh(y, N: tl.constexpr, AGAIN: tl.constexpr):
+    """Hadamard transform over the N trailing dimensions of length 2, the last one first. AGAIN: this function."""
     if N == 0:
         return y
     else:
         even, odd = tl.split(y)
-        return tl.join(walsh(even + odd, N - 1), walsh(even - odd, N - 1))
+        return tl.join(AGAIN(even + odd, N - 1, AGAIN), AGAIN(even - odd, N - 1, AGAIN))
 
 
 @triton.jit
 def rotated(x, R: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """Hadamard transform of the rows (R, 2^(LOW + HIGH)) of x, as (R, 2^LOW, 2, ..., 2): the low channel bits come first."""
-    y = walsh(unfold(x, R, 2**HIGH, LOW), LOW)
+    y = walsh(unfold(x, R, 2**HIGH, LOW), LOW, walsh)
     y = tl.permute(tl.reshape(y, (R, 2**HIGH, 2**LOW)), (0, 2, 1))
-    return walsh(unfold(y, R, 2**LOW, HIGH), HIGH)
+    return walsh(unfold(y, R, 2**LOW, HIGH), HIGH, walsh)
 
 
 @triton.jit
-def magnitude(y, N: tl.constexpr):
+def magnitude(y, N: tl.constexpr, AGAIN: tl.constexpr):
     """Bits of the largest magnitude over the N trailing dimensions. As integers NaN > infinity > every number."""
     if N == 0:
         return y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
         even, odd = tl.split(y)
-        return tl.maximum(magnitude(even, N - 1), magnitude(odd, N - 1))
+        return tl.maximum(AGAIN(even, N - 1, AGAIN), AGAIN(odd, N - 1, AGAIN))
 
 
 @triton.jit
@@ -122,14 +125,17 @@ def encode(value, E4M3: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def codes(y, inverse, N: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr):
+def codes(
+    y, inverse, N: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr, AGAIN: tl.constexpr
+):
     """Codes of y * inverse, taken apart along the N trailing dimensions as ``walsh`` left them in the threads."""
     if N == 0:
         return encode(y * inverse, E4M3, NATIVE)
     else:
         even, odd = tl.split(y)
         return tl.join(
-            codes(even, inverse, N - 1, E4M3, NATIVE), codes(odd, inverse, N - 1, E4M3, NATIVE)
+            AGAIN(even, inverse, N - 1, E4M3, NATIVE, AGAIN),
+            AGAIN(odd, inverse, N - 1, E4M3, NATIVE, AGAIN),
         )
 
 
