@@ -44,12 +44,12 @@ struct Heads {
   }
 };
 
-// Eight channels from `first` on of the row at `row`; zeros where there are none.
-template <int T>
+// Eight channels from `first` on of the row at `row`; zeros where there are none. kVector: 1 or 0 where x.vector is known.
+template <int T, int kVector = -1>
 __device__ __forceinline__ void load_channels(const Heads& x, const char* row, int first, bool inside, Raw<T, kRun>& raw) {
   clear_pack(raw);
   if (!inside || first >= x.channels) return;
-  if (x.vector) {
+  if (kVector == 1 || (kVector < 0 && x.vector)) {
     load_pack<T, kRun>(row, T, first, raw);
     return;
   }
