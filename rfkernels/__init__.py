@@ -22,6 +22,7 @@ from rfkernels.ops.quantize import QuantizedKV, quantize
 from rfkernels.ops.random import derive_seed, rand, randn
 
 if TYPE_CHECKING:
+    from rfkernels.integrations.sageattention import sageattn, sageattn_varlen
     from rfkernels.sampling import invert, sample
     from rfkernels.training import load
 
@@ -30,8 +31,10 @@ _LAZY = {
     "sample": "rfkernels.sampling",
     "invert": "rfkernels.sampling",
     "load": "rfkernels.training",
+    "sageattn": "rfkernels.integrations.sageattention",
+    "sageattn_varlen": "rfkernels.integrations.sageattention",
 }
-_ROOMS = ("data", "flow", "metrics", "models", "sampling", "training")
+_ROOMS = ("data", "flow", "integrations", "metrics", "models", "sampling", "training")
 
 __all__ = [
     "AttentionStats",
@@ -54,6 +57,8 @@ __all__ = [
     "quantize",
     "rand",
     "randn",
+    "sageattn",
+    "sageattn_varlen",
     "sample",
     "taylor_step",
     "use_backend",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
+import rfkernels as rf
 from rfkernels.integrations.sageattention import sageattn, sageattn_varlen
 
 
@@ -19,6 +20,8 @@ def qkv(kv_heads=4, dtype=torch.bfloat16):
 
 
 def test_the_signature_is_sageattentions():
+    assert rf.sageattn is sageattn
+    assert rf.sageattn_varlen is sageattn_varlen
     parameters = list(inspect.signature(sageattn).parameters)
     assert parameters[:7] == [
         "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "return_lse",
