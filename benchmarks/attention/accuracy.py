@@ -1,7 +1,9 @@
 """Errors of every scheme of quantized attention, and of other kernels' schemes emulated, against exact attention.
 
     python benchmarks/attention/accuracy.py --out benchmarks/results/attention_accuracy.csv
-    python benchmarks/attention/accuracy.py --out ... --run RUN_FOLDER    also on Q, K, V of the DiT of train_dit.py
+    python benchmarks/attention/accuracy.py --out ... --run RUN_FOLDER    only Q, K, V of the DiT of train_dit.py
+
+Rows of the other kind that the file has stay in it.
 
 The inputs are those of ``tests/ops/attention_inputs.py``: 8 seeds, medians over them. The truth is PyTorch's attention in
 float64 on the same inputs. Nothing here depends on the machine's load.
@@ -116,25 +118,33 @@ def write(path: Path, rows: list[Row]) -> None:
     files.replace_file(path, text.getvalue().encode())
 
 
+def _rows_in(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def main() -> None:
     """Measures and writes; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
-    parser.add_argument("--run", type=Path, metavar="RUN_FOLDER", help="a run of train_dit.py")
+    parser.add_argument(
+        "--run", type=Path, metavar="RUN_FOLDER", help="a run of train_dit.py, to measure instead"
+    )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
     common = {n: v for n, v in environment("cpu").items() if n in COLUMNS}
+    trained = options.run is not None
+    source = recorded(options.run) if trained else synthetic(options.length, options.seeds)
+    kept = [row for row in _rows_in(options.out) if row["inputs"].startswith("DiT") != trained]
     collected: list[Row] = []
-    places = [synthetic(options.length, options.seeds)]
-    if options.run is not None:
-        places.append(recorded(options.run))
-    for source in places:
-        for place, tensors in source:
-            for row in measured(*tensors):
-                collected.append({**common, **place, **row})
-            print(place, {row["scheme"]: row["sqnr_db"] for row in collected[-COUNT:]}, flush=True)
-            write(options.out, collected)
+    for place, tensors in source:
+        for row in measured(*tensors):
+            collected.append({**common, **place, **row})
+        print(place, {row["scheme"]: row["sqnr_db"] for row in collected[-COUNT:]}, flush=True)
+        write(options.out, kept + collected if trained else collected + kept)
 
 
 if __name__ == "__main__":

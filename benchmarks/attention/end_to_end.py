@@ -3,8 +3,8 @@
     python benchmarks/attention/end_to_end.py RUN_FOLDER --out benchmarks/results/attention_end_to_end.csv
 
 RUN_FOLDER is a run of ``train_dit.py``. ``drift`` is the root mean square of x - x_exact over that of x_exact along the
-Euler path; ``steps x 2`` is what halving the step does to exact sampling, a yardstick. ``frechet`` is the distance of 49
-features (means over 4 x 4 pixels) between samples and data, or exact samples; ``other noise`` is exact sampling from another
+Euler path; ``steps x 2`` is what halving the step does to exact sampling, a yardstick. ``frechet`` is the distance of 16
+features (means over 7 x 7 pixels) between samples and data, or exact samples; ``other noise`` is exact sampling from another
 seed, what a distance of nothing looks like at this number of samples. Nothing here depends on the machine's load.
 """
 
@@ -50,8 +50,8 @@ def paths(model, attention: str, x0: torch.Tensor, steps: int) -> tuple[torch.Te
 
 
 def features(x: torch.Tensor) -> torch.Tensor:
-    """(N, 49): means over 4 x 4 pixels."""
-    return torch.nn.functional.avg_pool2d(x, 4).flatten(1)
+    """(N, 16): means over 7 x 7 pixels."""
+    return torch.nn.functional.avg_pool2d(x, 7).flatten(1)
 
 
 def drift(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -101,8 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     trained = training.load(options.run).step
     common = {n: v for n, v in environment("cpu").items() if n in COLUMNS}
