@@ -39,7 +39,6 @@ COLUMNS = (
     *("sqnr_db", "cosine", "relative_l1", "rmse", "rfkernels", "torch", "isa", "commit", "date"),
 )
 COUNT = len(NATIVE) + len(REFERENCE) + len(PEERS)  # rows for one place
-QUERIES = 512  # query rows taken; each stands for itself, and all keys count
 TIMES = (0.1, 0.5, 0.9)
 Row = dict[str, str]
 
