@@ -268,7 +268,7 @@ void refusals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int calls = argc > 1 ? std::atoi(argv[1]) : 60;
+  const int calls = argc > 1 ? std::atoi(argv[1]) : 20;
   refusals();
   Dice dice{29};
   for (int round = 0; round < calls; ++round) {
