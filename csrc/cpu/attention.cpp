@@ -5,12 +5,9 @@
 // codes and its sum (pass 2), r the block's own maximum (a floating reference: it may fall, so that every block uses all bits of P).
 // Where AMX computes, pass 1 of a block runs between the P V steps of the block before it and pass 2 between the Q K steps of the block
 // after it: the tile unit works while the vector units do. One buffer holds the scores of both blocks, which keeps them in L1.
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "core/arena.h"
 #include "core/parallel.h"
 #include "cpu/attention_mask.h"
 #include "cpu/attention_ops.h"
@@ -26,7 +23,6 @@ constexpr int64_t kTaskQueries = 128;   // of a task
 constexpr int64_t kChunk = 32;          // keys between two pieces of tile work
 constexpr float kFloor = 40.0f;         // how far below the running maximum a block's reference may lie, in log2 units
 constexpr int64_t kPackedBudget = 32 << 20;  // bytes of packed heads held at a time
-constexpr int64_t kRetained = 64 << 20;      // scratch kept for the next call
 constexpr float kOverflow = 1e30f;           // scores that could pass this are left to the exact path
 
 // What one thread works in.
@@ -39,35 +35,6 @@ struct alignas(64) Work {
   float bias[kChunk * kQueryRows];
   Queries queries;
   float quantize[kQuantizeScratch];
-};
-
-// Memory of the calling thread, reused from call to call: fresh pages cost a tenth of a short call.
-class Arena {
- public:
-  char* take(int64_t bytes) {
-    if (bytes > size_) {
-      release();
-      block_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 4096))));
-      size_ = block_ != nullptr ? bytes : 0;
-    }
-    return block_;
-  }
-  void trim() {
-    if (size_ > kRetained) release();
-  }
-  Arena() = default;
-  ~Arena() { release(); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
- private:
-  void release() {
-    std::free(block_);
-    block_ = nullptr;
-    size_ = 0;
-  }
-  char* block_ = nullptr;
-  int64_t size_ = 0;
 };
 
 int64_t item_bytes(int32_t dtype) { return dtype == RFK_FLOAT32 ? 4 : dtype == RFK_FLOAT64 ? 8 : 2; }
@@ -412,7 +379,7 @@ bool fold_mask(const MaskView& mask, const AttentionLayout& l, const float* pack
   return good;
 }
 
-void set_exact(uint8_t* flag) { reinterpret_cast<std::atomic<uint8_t>*>(flag)->store(1, std::memory_order_relaxed); }
+void set_exact(uint8_t* flag) { __atomic_store_n(flag, uint8_t{1}, __ATOMIC_RELAXED); }  // several threads may
 
 // Queries [begin, end) of query head `head` of sample `batch`.
 void run_task(const AttentionArguments& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const char* packed,
@@ -535,12 +502,13 @@ bool quantize_keys(const QuantizeKeysArguments& a) {
 
 bool quantize_queries(const QuantizeQueriesArguments& a) {
   const int64_t heads = a.q->shape[1], rows = a.q->shape[2];
-  std::unique_ptr<float[]> scratch(new (std::nothrow) float[kQuantizeScratch]);
+  static thread_local Arena arena;
+  float* scratch = reinterpret_cast<float*>(arena.take(kQuantizeScratch * 4));
   if (scratch == nullptr) return false;
   for (int64_t head = 0; head < a.q->shape[0] * heads; ++head) {
     const HeadView view = head_view(*a.q, head / heads, head % heads);
     a.finite[head] = quantize_query_rows(view, 0, static_cast<int>(rows), a.layout, a.codes + head * rows * a.layout.rotated,
-                                         a.scale + head * rows, scratch.get());
+                                         a.scale + head * rows, scratch);
   }
   return true;
 }

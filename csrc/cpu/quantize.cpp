@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "core/rotation.h"
 #include "cpu/convert.h"
@@ -70,15 +69,20 @@ RFK_INLINE void hadamard(Floats* x, int64_t length) {
   }
 }
 
-// f(std::integral_constant<int, V>) for rows of V * 16 rotated channels.
+template <int V>
+struct Vectors {
+  static constexpr int value = V;
+};
+
+// f(Vectors<V>) for rows of V * 16 rotated channels.
 template <class F>
 RFK_INLINE void for_width(int64_t width, const F& f) {
   switch (width / kLanes) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 8: return f(std::integral_constant<int, 8>());
-    default: return f(std::integral_constant<int, 16>());
+    case 1: return f(Vectors<1>());
+    case 2: return f(Vectors<2>());
+    case 4: return f(Vectors<4>());
+    case 8: return f(Vectors<8>());
+    default: return f(Vectors<16>());
   }
 }
 
