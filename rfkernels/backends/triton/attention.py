@@ -7,11 +7,13 @@ kernel notes per tile of queries whether its result is finite; the exact kernel 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import triton
 
+from rfkernels.backends import native
 from rfkernels.backends import triton as package
 from rfkernels.backends.attention_schemes import (
     KEY_BLOCK,
@@ -22,7 +24,7 @@ from rfkernels.backends.attention_schemes import (
 )
 from rfkernels.backends.triton.attention_kernels import attention_kernel, exact_kernel, valid_kernel
 from rfkernels.backends.triton.launch import launch
-from rfkernels.backends.triton.quantize import key_value_codes, row_codes
+from rfkernels.backends.triton import quantize as own_quantize
 
 EXACT_ROWS = 4
 EXACT_TILE = 2048  # keys x channels of the exact kernel's tiles
@@ -101,19 +103,29 @@ def _near(codes: torch.Tensor) -> torch.Tensor:
     return codes if max(codes.stride()[2:]) <= FARTHEST else codes.contiguous()
 
 
+def _quantizer(q: torch.Tensor) -> ModuleType:
+    """The compiled CUDA kernels where this build has them, else Triton's; the codes are the same."""
+    if q.is_cuda and native.unavailable_reason("cuda") is None:
+        from rfkernels.backends.native import quantize_cuda
+
+        return quantize_cuda
+    return own_quantize
+
+
 def attention(q, k, v, kv, attn_mask, is_causal, scale, scheme, out, lse) -> int:
     """See ``rfkernels.backends.reference.attention.attention``. Returns 0: which tiles took the exact path only the device
     knows. Of keys that were quantized before, only the codes are left: their NaNs and infinities come out as NaN."""
     kind = SCHEMES[scheme]
     interpreted = package.interpreted()
+    quantizer = _quantizer(q)
     batch, heads, queries, raw_dim = q.shape
     if not out.numel():
         return 0
     if kv is None:
-        kv = key_value_codes(k, v, kind, valid_keys(attn_mask, is_causal, k, queries))
+        kv = quantizer.key_value_codes(k, v, kind, valid_keys(attn_mask, is_causal, k, queries))
     k_codes, v_codes = _near(kv.k_codes), _near(kv.v_codes)
     kv_heads, keys = k_codes.shape[1:3]
-    q_codes, q_scale = row_codes(q, kind)
+    q_codes, q_scale = quantizer.row_codes(q, kind)
     dim, v_dim = q_codes.shape[-1], out.shape[-1]
     length = padded_dim(raw_dim) if kind.rotated else 1
     # A dot needs 16 channels of 16-bit and 32 of 8-bit numbers.
