@@ -22,9 +22,9 @@ from rfkernels.backends.attention_schemes import (
     Scheme,
     padded_dim,
 )
+from rfkernels.backends.triton import quantize as own_quantize
 from rfkernels.backends.triton.attention_kernels import attention_kernel, exact_kernel, valid_kernel
 from rfkernels.backends.triton.launch import launch
-from rfkernels.backends.triton import quantize as own_quantize
 
 EXACT_ROWS = 4
 EXACT_TILE = 2048  # keys x channels of the exact kernel's tiles
