@@ -52,14 +52,18 @@ RFK_INLINE void load_row(const HeadView& view, int64_t row, float* out) {
 // The unnormalised Walsh-Hadamard transform of V * 16 values, or of the first `length` of 16.
 template <int V>
 RFK_INLINE void hadamard(Floats* x, int64_t length) {
+#pragma GCC unroll 16
   for (int i = 0; i < V; ++i) {
     if (V > 1 || length >= 2) x[i] = butterfly<1>(x[i]);
     if (V > 1 || length >= 4) x[i] = butterfly<2>(x[i]);
     if (V > 1 || length >= 8) x[i] = butterfly<4>(x[i]);
     if (V > 1 || length >= 16) x[i] = butterfly<8>(x[i]);
   }
+#pragma GCC unroll 4
   for (int h = 1; h < V; h *= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < V; i += 2 * h) {
+#pragma GCC unroll 8
       for (int j = i; j < i + h; ++j) {
         const Floats a = x[j], b = x[j + h];
         x[j] = a + b;
@@ -89,15 +93,27 @@ RFK_INLINE void for_width(int64_t width, const F& f) {
 // y = H (sign * (x - mean)) of one row, zero beyond its channels; returns the lanes' largest magnitudes. staged: zero padded room.
 template <int V>
 RFK_INLINE Floats rotate(const HeadView& view, int64_t row, const float* mean, int64_t length, float* staged, Floats* y) {
+  // Every loop is unrolled, so that the row stays in registers.
+  const char* place = view.data + row * view.row_bytes;
   const bool direct = vector_rows(view) && view.channels == V * kLanes;
-  if (!direct) load_row(view, row, staged);
-  for (int i = 0; i < V; ++i) {
-    y[i] = direct ? load_vector(view, row, kLanes * i) : load(staged + kLanes * i);
-    if (mean != nullptr) y[i] = y[i] - load(mean + kLanes * i);
-    y[i] = y[i] * load(kSigns.value + kLanes * i);
+  if (direct && view.dtype == RFK_BFLOAT16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) y[i] = load_bfloat16(reinterpret_cast<const uint16_t*>(place) + kLanes * i);
+  } else {
+    if (!direct) load_row(view, row, staged);
+    const float* values = direct ? reinterpret_cast<const float*>(place) : staged;
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) y[i] = load(values + kLanes * i);
   }
+  if (mean != nullptr) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) y[i] = y[i] - load(mean + kLanes * i);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) y[i] = y[i] * load(kSigns.value + kLanes * i);
   hadamard<V>(y, length);
   Floats largest = abs(y[0]);
+#pragma GCC unroll 16
   for (int i = 1; i < V; ++i) largest = max(largest, abs(y[i]));
   return largest;
 }
@@ -219,6 +235,7 @@ bool pack_int8_keys(const HeadView& k, const uint8_t* valid, const AttentionLayo
         } else {
           for (int v = 0; v < V; ++v) y[v] = splat(0.0f);
         }
+#pragma GCC unroll 16
         for (int v = 0; v < V; ++v) store(rotated + i * width + kLanes * v, y[v]);
       }
     });
@@ -271,7 +288,7 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
   const int64_t width = round_up(l.value_channels, 16);
   float* row = scratch;
   float* inverse = scratch + kMaxChannels;
-  float* scaled = scratch + 2 * kMaxChannels;                                         // 64 rows
+  float* scaled = scratch + 2 * kMaxChannels;                                         // 16 rows
   int32_t* words = reinterpret_cast<int32_t*>(scaled + kKeyGroup * kMaxChannels);     // [width / 16][16 groups of 4 keys][16]
   float* scale = reinterpret_cast<float*>(packed + l.value_scale_at);
   float* addend = reinterpret_cast<float*>(packed + l.addend_at);
@@ -320,7 +337,7 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
       alignas(64) float tops[256], key_scale[16], factor[16];
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t j = group * kKeyGroup + begin + i;
-        float* w = scaled + (begin + i) * width;
+        float* w = scaled + i * width;
         Floats largest = splat(0.0f);
         if (j < l.keys && (valid == nullptr || valid[j] != 0)) {
           if (!direct) load_row(v, j, row);
@@ -343,7 +360,7 @@ bool pack_int8_values(const HeadView& v, const uint8_t* valid, const AttentionLa
         key_inverse[j] = j < l.keys ? 1.0f / key_scale[i] : 1.0f;
       }
       for (int64_t i = 0; i < 16; i += 4) {
-        const float* w = scaled + (begin + i) * width;
+        const float* w = scaled + i * width;
         for (int64_t d = 0; d < width; d += 16) {
           Ints codes[4];
           for (int64_t r = 0; r < 4; ++r) codes[r] = to_int(load(w + r * width + d) * splat(factor[i + r]));
@@ -420,6 +437,7 @@ RFK_INLINE bool quantize_row(const HeadView& q, int64_t row, const AttentionLayo
   const float top = reduce_max(rotate<V>(q, row, nullptr, l.rotated, staged, y));
   const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
   *scale = top < kTiny ? 0.0f : top / 127.0f;
+#pragma GCC unroll 16
   for (int i = 0; i < V; ++i) store_low_bytes(codes + kLanes * i, to_int(y[i] * inverse));
   // A rotated value is a sum over its whole row, so that beyond one vector no maximum can pass over a NaN; `staged` holds the others.
   return top <= 3.0e38f && (V > 1 || (vector_rows(q) && q.channels == kLanes) || all_finite(staged, l.channels));
