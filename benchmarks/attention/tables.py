@@ -218,15 +218,24 @@ def handover() -> str:
         return "No such region has been found yet."
     body = [
         [r.device, r.scheme, str(r.dtype).removeprefix("torch."), r.mask or "any", _span(r.threads), _span(r.head_dim),
-         str(r.scores)]
+         str(r.queries), str(r.scores)]
         for r in regions
     ]  # fmt: skip
-    head = ["device", "scheme", "dtype", "mask", "threads", "head size", "queries x keys up to"]
+    head = [
+        "device",
+        "scheme",
+        "dtype",
+        "mask",
+        "threads",
+        "head size",
+        "queries up to",
+        "or queries x keys up to",
+    ]
     return markdown(head, body, 4)
 
 
 def _span(pair: tuple[int, int]) -> str:
-    return f"{pair[0]} to {pair[1]}"
+    return "any" if pair[1] >= 1 << 20 else f"{pair[0]} to {pair[1]}"
 
 
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {

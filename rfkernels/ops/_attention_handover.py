@@ -6,6 +6,7 @@ A hand-over changes no meaning, only who computes, and every one is counted with
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,22 +18,58 @@ FLOAT16 = "float16 inputs lose 22 dB in the bf16 scheme"
 HEAD_SIZE = f"head sizes above {MAX_HEAD_DIM} have no quantized kernel"
 
 
+NO_TILES = "without AMX, products in bfloat16 are slower than PyTorch's attention"
+PORTABLE = "the portable kernels are slower than PyTorch's attention"
+FEW = "for few queries PyTorch's attention is quicker than quantizing K and V"
+
+
 @dataclass(frozen=True)
 class Small:
-    """A measured region in which PyTorch is faster: calls whose ``queries * keys`` is at most ``scores``."""
+    """A measured region in which PyTorch is faster: calls of at most ``queries`` or at most ``scores`` queries * keys."""
 
     device: str
     scheme: str
     dtype: torch.dtype
-    mask: str | None  # "none", "bool", "float"; None for all
+    mask: str | None  # "none", "causal", "bool", "float"; None for all
     threads: tuple[int, int]  # from, to
     head_dim: tuple[int, int]  # from, to
+    queries: int
     scores: int
     reason: str
 
 
-# By (device, scheme), so that a call outside every region pays one look-up. Empty until measured.
-SMALL: dict[tuple[str, str], tuple[Small, ...]] = {}
+def _small(scheme: str) -> tuple[Small, ...]:
+    """Measured on two AMX cores (benchmarks/attention/handover.py), 1 and 2 threads, with and without masks."""
+    halves = (torch.bfloat16, torch.float16)
+    rows = [
+        *(("cpu", scheme, dtype, None, (1, 1 << 20), (1, 64), 192, 0, FEW) for dtype in halves),
+        *(("cpu", scheme, dtype, None, (1, 1 << 20), (65, 256), 256, 0, FEW) for dtype in halves),
+        ("cpu", scheme, torch.float32, None, (1, 1 << 20), (1, 256), 32, 16384, FEW),
+    ]
+    return tuple(Small(*row) for row in rows)
+
+
+# By (device, scheme), so that a call outside every region pays one look-up.
+SMALL: dict[tuple[str, str], tuple[Small, ...]] = {
+    ("cpu", scheme): _small(scheme) for scheme in ("int8_u8", "int8_bf16", "bf16")
+}
+
+
+@functools.cache
+def _cpu_level() -> str | None:
+    """The instruction set level of the native attention kernels; None without them."""
+    try:
+        from rfkernels import _C
+    except ImportError:
+        return None
+    return _C.attention_isa()
+
+
+def _slow_level(scheme: str) -> str | None:
+    level = _cpu_level()
+    if level == "baseline":
+        return PORTABLE
+    return NO_TILES if scheme != "int8_u8" and level in ("avx2", "avx512") else None
 
 
 def handover_reason(
@@ -60,9 +97,13 @@ def handover_reason(
         return FLOAT16
     if head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM:
         return HEAD_SIZE
+    if device == "cpu":
+        slow = _slow_level(scheme)
+        if slow is not None:
+            return slow
     for row in SMALL.get((device, scheme), ()):
         if (
-            queries * keys <= row.scores
+            (queries <= row.queries or queries * keys <= row.scores)
             and row.dtype is dtype
             and row.mask in (None, mask)
             and row.threads[0] <= threads <= row.threads[1]
@@ -75,4 +116,4 @@ def handover_reason(
 def rules() -> list[str]:
     """Every reason of the rule as a sentence, for ``rfkernels doctor`` and the guide."""
     small = [row.reason for rows in SMALL.values() for row in rows]
-    return [FLOAT64, FLOAT16, HEAD_SIZE, *dict.fromkeys(small)]
+    return [FLOAT64, FLOAT16, HEAD_SIZE, PORTABLE, NO_TILES, *dict.fromkeys(small)]

@@ -23,10 +23,23 @@ needs_native = pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
 
 
 @pytest.fixture(autouse=True)
-def fresh_counters():
+def fresh_counters(request, monkeypatch):
+    """Counters at zero, and no region of small calls or slow machines unless a test asks for the rule as it is."""
     rf.attention_stats(reset=True)
-    yield
+    if "measured_rule" not in request.fixturenames:
+        monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
+        before = dict(rule.SMALL)
+        rule.SMALL.clear()
+        yield
+        rule.SMALL.update(before)
+    else:
+        yield
     rf.attention_stats(reset=True)
+
+
+@pytest.fixture
+def measured_rule():
+    """The rule as users have it."""
 
 
 def qkv(dtype=F32, dim=16, channels=None, length=20):
@@ -96,7 +109,7 @@ def test_a_forced_backend_is_never_left():
 def small(scores: int = 16, **options) -> dict:
     row = {
         "device": "cpu", "scheme": "int8_u8", "dtype": F32, "mask": None, "threads": (1, 64), "head_dim": (1, 256),
-        "scores": scores, "reason": "few scores run faster in PyTorch", **options,
+        "queries": 0, "scores": scores, "reason": "few scores run faster in PyTorch", **options,
     }  # fmt: skip
     return {(row["device"], row["scheme"]): (rule.Small(**row),)}
 
@@ -112,6 +125,8 @@ def test_rows_of_measured_regions(everything_small):
         (small(400, threads=(65, 99)), False),
         (small(400, head_dim=(17, 64)), False),
         (small(400, scheme="bf16"), False),
+        (small(0, queries=20), True),
+        (small(0, queries=19), False),
     ):
         rule.SMALL.clear()
         rule.SMALL.update(table)
@@ -315,3 +330,29 @@ def test_gradients_of_packed_sequences():
     torch.cat(parts).backward(grad.double())
     for found, truth in zip(leaves, doubles, strict=True):
         assert float(decibels(found.grad[None], truth.grad[None])) > 110.0
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_measured_rule_hands_over_few_queries_and_keeps_many(dtype, measured_rule, monkeypatch):
+    monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
+
+    def reason(queries, keys, dim=64):
+        return rule.handover_reason(queries, keys, dim, dim, "none", dtype, "cpu", 2, "int8_u8")
+
+    assert reason(1, 4096) == reason(16, 16) == rule.FEW
+    assert reason(1024, 1024) is None
+    assert reason(4096, 77, 128) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "scheme", "wanted"),
+    [
+        ("baseline", "int8_u8", rule.PORTABLE), ("avx2", "int8_u8", None), ("avx512", "bf16", rule.NO_TILES),
+        ("avx2", "int8_bf16", rule.NO_TILES), ("amx", "bf16", None), (None, "int8_u8", None),
+    ],
+)  # fmt: skip
+def test_levels_that_are_slower_than_pytorch(level, scheme, wanted, measured_rule, monkeypatch):
+    monkeypatch.setattr(rule, "_cpu_level", lambda: level)
+    found = rule.handover_reason(1024, 1024, 64, 64, "none", BF16, "cpu", 2, scheme)
+    assert found == wanted
+    assert wanted is None or wanted in rule.rules()
