@@ -29,3 +29,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_small_handover(monkeypatch):
+    """The automatic choice without the rule that hands small calls, and slow machines' calls, over to PyTorch."""
+    from rfkernels.ops import _attention_handover as rule
+
+    before = dict(rule.SMALL)
+    monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
+    rule.SMALL.clear()
+    yield
+    rule.SMALL.update(before)

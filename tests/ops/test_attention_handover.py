@@ -23,17 +23,12 @@ needs_native = pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
 
 
 @pytest.fixture(autouse=True)
-def fresh_counters(request, monkeypatch):
-    """Counters at zero, and no region of small calls or slow machines unless a test asks for the rule as it is."""
-    rf.attention_stats(reset=True)
+def fresh_counters(request):
+    """Counters at zero; no region of small calls or slow machines unless a test asks for the rule as it is."""
     if "measured_rule" not in request.fixturenames:
-        monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
-        before = dict(rule.SMALL)
-        rule.SMALL.clear()
-        yield
-        rule.SMALL.update(before)
-    else:
-        yield
+        request.getfixturevalue("no_small_handover")
+    rf.attention_stats(reset=True)
+    yield
     rf.attention_stats(reset=True)
 
 

@@ -15,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rfkernels as rf
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in dynamo
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, in dynamo
+    pytest.mark.usefixtures("no_small_handover"),
+]
 
 MASKED_ROW = 3
 
