@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -12,6 +13,8 @@ from rfkernels.backends.reference.exact_attention import logsumexp, sdpa, torch_
 from rfkernels.ops import _attention_route as route
 from rfkernels.ops._attention_handover import FLOAT64, HEAD_SIZE, SMALL, handover_reason
 from rfkernels.ops._attention_stats import count_call, count_handover
+
+EARLY_PRECISIONS = ("int8", "int8_u8", "int8_bf16", "bf16")
 
 
 def new_output(q: torch.Tensor, channels: int) -> torch.Tensor:
@@ -37,7 +40,9 @@ def early_handover(q, k, v, is_causal, scale, precision) -> torch.Tensor | None:
     """
     if not SMALL or _dispatch.watched() or _dispatch.forced_backend() is not None:
         return None
-    if is_causal.__class__ is not bool or not (scale is None or scale.__class__ is float):
+    if is_causal.__class__ is not bool or precision not in EARLY_PRECISIONS:
+        return None
+    if scale is not None and (scale.__class__ is not float or not math.isfinite(scale)):
         return None
     try:
         if not q.is_cpu:

@@ -78,7 +78,7 @@ def attention(
         return attend_quantized(
             q, k, v, attn_mask, is_causal, scale, enable_gqa, layout, precision, return_lse
         )
-    if attn_mask is None and layout == "bhsd" and not return_lse:
+    if attn_mask is None and layout == "bhsd" and return_lse is False:
         handed = early_handover(q, k, v, is_causal, scale, precision)
         if handed is not None:
             return handed
