@@ -149,7 +149,7 @@ def check_attention_side_stream(_rows) -> dict:
     return {"ok": not wrong, "wrong_of_10": wrong}
 
 
-def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:
+def microseconds(call: Callable[[], object], repeats: int = 20) -> float:
     """Median device time of one call over groups of launches."""
     for _ in range(3):
         call()
@@ -172,14 +172,14 @@ def check_quantize_bandwidth(rows) -> dict:
         for dim in (64, 128):
             _, k, v = tensors((1, 2048 // dim, 1, tokens, dim))
             target = torch.empty_like(k)
-            copied = 2 * k.numel() * 2 / _microseconds(partial(target.copy_, k))
+            copied = 2 * k.numel() * 2 / microseconds(partial(target.copy_, k))
             for backend in ("native", "triton"):
                 for scheme in schemes():
                     call = partial(rf.quantize, k, v, precision=scheme)
                     try:
                         with rf.use_backend(backend):
                             call()
-                            us = _microseconds(call)
+                            us = microseconds(call)
                     except rf.BackendUnavailableError:
                         continue
                     code_bytes = 2 if scheme == "bf16" else 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
 import sys
 import time
 import traceback
@@ -195,22 +194,6 @@ def check_side_stream(_rows) -> dict:
     return {"ok": wrong == 0, "wrong_of_20": wrong}
 
 
-def microseconds(call: Callable[[], object], repeats: int = 30) -> float:
-    """Median device time of one call over groups of launches."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(7):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1000 / repeats)
-    return statistics.median(times)
-
-
 def timed_calls(n: int) -> dict[str, tuple[int, Callable[[], object]]]:
     """{name: (bytes an element, call)} on tensors of n elements; the first is the copy that the others are held to."""
     bf16 = torch.bfloat16
@@ -251,7 +234,7 @@ def check_bandwidth(rows) -> dict:
     for mebi in (1 / 16, 1, 16, 64):
         n, copied = int(mebi * 2**20), 0.0
         for name, (size, call) in timed_calls(n).items():
-            us = microseconds(call)
+            us = gpu_attention.microseconds(call, 30)
             rate = size * n / us
             copied = copied or rate
             row = {"check": name, "elements": n, "us": round(us, 2), "bytes": size * n, "gb_s": round(rate / 1000, 1)}

@@ -37,10 +37,8 @@ struct alignas(64) Work {
   float quantize[kQuantizeScratch];
 };
 
-int64_t item_bytes(int32_t dtype) { return dtype == RFK_FLOAT32 ? 4 : dtype == RFK_FLOAT64 ? 8 : 2; }
-
 HeadView head_view(const rfk_tensor& t, int64_t batch, int64_t head) {
-  const int64_t item = item_bytes(t.dtype);
+  const int64_t item = item_size(t.dtype);
   HeadView view;
   view.data = static_cast<const char*>(t.data) + (batch * t.strides[0] + head * t.strides[1]) * item;
   view.dtype = t.dtype;
@@ -56,7 +54,7 @@ MaskView mask_view(const rfk_tensor* t, int64_t batch, int64_t head) {
   view.dtype = t->dtype;
   view.query_stride = t->strides[2];
   view.key_stride = t->strides[3];
-  view.data = static_cast<const char*>(t->data) + (batch * t->strides[0] + head * t->strides[1]) * view.item();
+  view.data = static_cast<const char*>(t->data) + (batch * t->strides[0] + head * t->strides[1]) * item_size(t->dtype);
   return view;
 }
 
@@ -108,16 +106,6 @@ struct Pipeline {
   }
   int remaining() const { return count * product.steps - step; }
 };
-
-RFK_INLINE Floats exact_exp2(Floats t) {  // 7e-8 relative: errors of the rescaling would add up over the blocks
-  const Floats f = fraction(t);
-  Floats q = fma(splat(0.0018814297f), f, splat(0.0089800246f));
-  q = fma(q, f, splat(0.0558339916f));
-  q = fma(q, f, splat(0.2401512265f));
-  q = fma(q, f, splat(0.6931532621f));
-  q = fma(q, f, splat(1.0f));
-  return scale_by_exponent(q, t);
-}
 
 // Scores of `count` keys to log2 units, in place, and their maximum. Kind 0: no mask, 1: bits, 2: bits and bias.
 template <bool Integer, int Kind>
@@ -295,7 +283,6 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
 
   for (int n = 0; n < blocks; ++n) {
     const int64_t key = n * kKeys, chunks = keys_of(n) / kChunk;
-    int32_t* block = w.scores;
     auto values = values_of(n > 0 ? n - 1 : 0);
     const int value_quota = n > 0 ? quota(values.remaining(), chunks) : 0;
     Floats top[4] = {splat(kMinusInfinity), splat(kMinusInfinity), splat(kMinusInfinity), splat(kMinusInfinity)};
@@ -303,7 +290,7 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
       values.advance(value_quota);
       const int64_t at = key + c * kChunk;
       const Floats scale = splat(kInteger ? key_scale[at / kKeyGroup] : 1.0f);
-      int32_t* chunk = block + c * kChunk * kQueryRows;
+      int32_t* chunk = w.scores + c * kChunk * kQueryRows;
       const Floats factor0 = factor[0] * scale, factor1 = factor[1] * scale;
       // The diagonal, or a mask, passes through here.
       if (Kind == 0 && !(h.causal && at + kChunk > first + 1)) {
@@ -325,7 +312,7 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
       running[half] = max(running[half], mine);
       // A block in which a query may attend nothing changes nothing.
       const Floats next = select(less(mine, none), reference[half], max(mine, running[half] - splat(kFloor)));
-      rescale[half] = exact_exp2(max(reference[half] - next, lowest));
+      rescale[half] = exp2<5>(max(reference[half] - next, lowest));
       reference[half] = next;
       total[half] = total[half] * rescale[half];
       lifted[half] = kIntegerValues ? next - splat(7.994353437f) : next;  // log2(255)
@@ -339,7 +326,7 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
         accumulate<kIntegerValues>(w.out, w.sums, l.padded_value_channels * c / chunks,
                                    l.padded_value_channels * (c + 1) / chunks, previous);
       }
-      pass2<PV>(reinterpret_cast<const float*>(block) + c * kChunk * kQueryRows, kChunk, lifted,
+      pass2<PV>(reinterpret_cast<const float*>(w.scores) + c * kChunk * kQueryRows, kChunk, lifted,
                 inverse + key + c * kChunk, w.weights + c * kChunk * kQueryRows * kWeightBytes, total);
       if (follows) scores.next();
     }
@@ -391,7 +378,7 @@ void run_task(const AttentionArguments& a, int64_t batch, int64_t head, int64_t 
   if (flag != 0) return set_exact(exact);
   Head h;
   h.q = head_view(*a.q, batch, head);
-  const int64_t item = item_bytes(a.out->dtype);
+  const int64_t item = item_size(a.out->dtype);
   h.out = static_cast<char*>(a.out->data) + (batch * a.out->strides[0] + head * a.out->strides[1]) * item;
   h.out_dtype = a.out->dtype;
   h.out_row_bytes = a.out->strides[2] * item;

@@ -20,8 +20,9 @@ struct MaskView {
   int32_t dtype = 0;
   int64_t query_stride = 0, key_stride = 0;
   bool boolean() const { return dtype == RFK_BOOL; }
-  int64_t item() const { return dtype == RFK_BOOL ? 1 : dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : 2; }
-  const char* at(int64_t query, int64_t key) const { return data + (query * query_stride + key * key_stride) * item(); }
+  const char* at(int64_t query, int64_t key) const {
+    return data + (query * query_stride + key * key_stride) * item_size(dtype);
+  }
 };
 
 // Float mask values to log2 units, excluded ones to -infinity; false when one is NaN or above 1e30.

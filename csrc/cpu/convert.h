@@ -27,6 +27,10 @@
 namespace rfk {
 namespace RFK_ISA_NAMESPACE {
 
+inline int item_size(int32_t dtype) {
+  return dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : dtype == RFK_BOOL ? 1 : 2;
+}
+
 inline float float_from_bfloat16(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
 
 inline uint16_t bfloat16_from_float(float value) {

@@ -20,6 +20,12 @@ namespace {
 constexpr float kTiny = 0x1p-100f;       // below this a group counts as zero: 127 / a stays finite
 constexpr float kKeyScaleMin = 0x1p-40f;
 
+// What turns a group of largest magnitude `top` into codes; `scale` receives what a code is worth.
+RFK_INLINE Floats code_factor(float top, float* scale) {
+  *scale = top < kTiny ? 0.0f : top / 127.0f;
+  return splat(top < kTiny ? 0.0f : 127.0f / top);
+}
+
 struct Signs {
   float value[kMaxChannels];
 };
@@ -241,8 +247,7 @@ bool pack_int8_keys(const HeadView& k, const uint8_t* valid, const AttentionLayo
     });
     const float top = reduce_max(largest);
     finite = finite && top <= 3.0e38f;
-    const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
-    scale[group] = top < kTiny ? 0.0f : top / 127.0f;
+    const Floats inverse = code_factor(top, scale + group);
     for (int64_t begin = 0; begin < kKeyGroup; begin += 16) {
       store_key_codes(rotated + begin * width, width, tiles, inverse, keys + (group * 4 + begin / 16) * tiles * kTileBytes,
                       row_sum + group * kKeyGroup + begin);
@@ -435,8 +440,7 @@ template <int V>
 RFK_INLINE bool quantize_row(const HeadView& q, int64_t row, const AttentionLayout& l, float* staged, int8_t* codes, float* scale) {
   Floats y[V];
   const float top = reduce_max(rotate<V>(q, row, nullptr, l.rotated, staged, y));
-  const Floats inverse = splat(top < kTiny ? 0.0f : 127.0f / top);
-  *scale = top < kTiny ? 0.0f : top / 127.0f;
+  const Floats inverse = code_factor(top, scale);
 #pragma GCC unroll 16
   for (int i = 0; i < V; ++i) store_low_bytes(codes + kLanes * i, to_int(y[i] * inverse));
   // A rotated value is a sum over its whole row, so that beyond one vector no maximum can pass over a NaN; `staged` holds the others.

@@ -29,9 +29,6 @@ constexpr int kTile = 1024;            // elements; 4 KiB in float, a tenth of a
 constexpr int kMaxOperands = 12;       // tensors of one call
 constexpr int64_t kSmallSample = 256;  // below this many elements a sample, tiles span samples
 
-
-inline int item_size(int32_t dtype) { return dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : 2; }
-
 struct Operand {
   char* data = nullptr;
   int32_t dtype = RFK_FLOAT32;

@@ -89,10 +89,6 @@ void define_attention(py::module_& m) {
   m.def("quantize_keys_cuda", &quantize_keys_cuda);
   m.def("quantize_workspace", &rfk_quantize_workspace, "Bytes of device memory that quantize_keys_cuda needs meanwhile.");
   m.def("quantized_layout", &quantized_layout, "Bytes of one head's quantized keys and values, and its parts' offsets.");
-  m.def("attention_isa", [] {
-    constexpr const char* kNames[RFK_ISA_COUNT] = {"baseline", "avx2", "avx512", "amx"};
-    return std::string(kNames[rfk_attention_isa()]);
-  });
 }
 
 }  // namespace rfk_python

@@ -184,6 +184,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("launch_counts", &launch_counts, "How often each launcher ran: {(op, isa or 'cuda'): count}.");
   m.def("isa_detected", [] { return std::string(kIsaNames[rfk_isa_detected()]); });
   m.def("isa_used", [] { return std::string(kIsaNames[rfk_isa_used()]); });
+  m.def("attention_isa", [] { return std::string(kIsaNames[rfk_attention_isa()]); });
   m.def("cap_isa", &cap_isa, "Lower the instruction set level; 'amx' lifts the cap.");
   m.def("max_threads", &rfk_max_threads);
   m.def("has_openmp", [] { return rfk_has_openmp() != 0; });

@@ -132,7 +132,4 @@ def attention_override(precision: str = "int8") -> Callable[..., torch.Tensor]:
 
 def attention_stats(reset: bool = False) -> dict[str, Any]:
     """{"calls": int, "routed": int, "fallbacks": {reason: int}} of this module's functions."""
-    stats = _counts.as_dict()
-    if reset:
-        _counts.reset()
-    return stats
+    return _counts.as_dict(reset)

@@ -60,20 +60,18 @@ class RouteCounts:
             else:
                 self.fallbacks[reason] += 1
 
-    def as_dict(self) -> dict[str, Any]:
-        """{"calls": int, "routed": int, "fallbacks": {reason: int}}, a copy."""
+    def as_dict(self, reset: bool = False) -> dict[str, Any]:
+        """{"calls": int, "routed": int, "fallbacks": {reason: int}}, a copy; `reset` zeroes in the same step."""
         with _lock:
-            return {
+            counts = {
                 "calls": self.calls,
                 "routed": self.routed,
                 "fallbacks": dict(self.fallbacks),
             }
-
-    def reset(self) -> None:
-        """All counts back to zero."""
-        with _lock:
-            self.calls = self.routed = 0
-            self.fallbacks.clear()
+            if reset:
+                self.calls = self.routed = 0
+                self.fallbacks.clear()
+        return counts
 
 
 def check_precision(where: str, precision: object) -> str:

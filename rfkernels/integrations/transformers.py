@@ -168,7 +168,4 @@ def attention_stats(reset: bool = False) -> dict[str, Any]:
 
     Calls in compiled graphs are not counted here; `rf.attention_stats()` has them.
     """
-    stats = _counts.as_dict()
-    if reset:
-        _counts.reset()
-    return stats
+    return _counts.as_dict(reset)

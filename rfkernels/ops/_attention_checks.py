@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from rfkernels.ops import _checks
 from rfkernels.ops._checks import FLOATS, describe
 
 LAYOUTS = ("bhsd", "bshd")
@@ -32,17 +33,8 @@ def four(op: str, name: str, value: object) -> None:
         )
 
 
-def _kind(op: str, name: str, value: torch.Tensor) -> None:
-    if value.dtype not in FLOATS:
-        raise TypeError(
-            f"{op}: {name} must be float32, float64, bfloat16 or float16; got {value.dtype}"
-        )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a strided tensor; got layout {value.layout}")
-
-
 def _same(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    _kind(op, name, value)
+    _checks.tensor(op, name, value)
     if value.dtype != other.dtype:
         raise TypeError(
             f"{op}: {name} must have the dtype of {other_name}, {other.dtype}; got {value.dtype}"
@@ -57,7 +49,7 @@ def keys_and_values(op: str, k: object, v: object) -> None:
     """K (B, Hk, Sk, D) and V (B, Hk, Sk, Dv) of one dtype and device."""
     four(op, "k", k)
     four(op, "v", v)
-    _kind(op, "k", k)
+    _checks.tensor(op, "k", k)
     _same(op, "v", v, "k", k)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(

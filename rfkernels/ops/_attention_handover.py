@@ -49,9 +49,11 @@ def _small(scheme: str) -> tuple[Small, ...]:
     return tuple(Small(*row) for row in rows)
 
 
+_CPU_SCHEMES = ("int8_u8", "int8_bf16", "bf16")  # any other is an error there, never a hand-over
+
 # By (device, scheme), so that a call outside every region pays one look-up.
 SMALL: dict[tuple[str, str], tuple[Small, ...]] = {
-    ("cpu", scheme): _small(scheme) for scheme in ("int8_u8", "int8_bf16", "bf16")
+    ("cpu", scheme): _small(scheme) for scheme in _CPU_SCHEMES
 }
 
 
@@ -97,7 +99,7 @@ def handover_reason(
         return FLOAT16
     if head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM:
         return HEAD_SIZE
-    if device == "cpu":
+    if device == "cpu" and scheme in _CPU_SCHEMES:
         slow = _slow_level(scheme)
         if slow is not None:
             return slow

@@ -7,21 +7,12 @@ import torch
 from rfkernels import _dispatch, _registry
 from rfkernels.ops._attention_derivatives import gradients, recomputed, tangents
 from rfkernels.ops._attention_run import new_lse, new_output, run
+from rfkernels.ops._first_derivative import first_derivatives
 
-
-class _FirstDerivative(torch.autograd.Function):
-    """Identity on a gradient that raises where it is differentiated again, rather than count as a constant."""
-
-    @staticmethod
-    def forward(ctx, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(
-            "attention: the gradient of quantized attention has no derivative of its own; for second derivatives take "
-            "torch.nn.functional.scaled_dot_product_attention, or float64 inputs, which go there"
-        )
+_NO_SECOND = (
+    "attention: the gradient of quantized attention has no derivative of its own; for second derivatives take "
+    "torch.nn.functional.scaled_dot_product_attention, or float64 inputs, which go there"
+)
 
 
 class Attention(torch.autograd.Function):
@@ -55,10 +46,7 @@ class Attention(torch.autograd.Function):
         derive = recomputed if plain else gradients
         grads = derive(*ctx.saved_tensors, *ctx.options, wanted, grad, grad_lse)
         if plain and torch.is_grad_enabled():  # create_graph=True
-            grads = [
-                g if g is None else _FirstDerivative.apply(g.detach().requires_grad_())
-                for g in grads
-            ]
+            grads = first_derivatives(grads, _NO_SECOND)
         return *grads, *(None,) * 5
 
     @staticmethod

@@ -12,6 +12,7 @@ from rfkernels import _dispatch, _registry
 from rfkernels.backends.reference import flow_loss as reference
 from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops import _checks
+from rfkernels.ops._first_derivative import first_derivatives
 from rfkernels.ops._scalars import Counter, join, split_counter
 from rfkernels.ops.ode_step import linear_step
 
@@ -182,19 +183,10 @@ def _loss_fake(prediction, target, x0, x1, *args):
     return value, losses, torch.empty_like(prediction) if with_grad else prediction.new_empty(0)
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """Identity on a gradient that raises where it is differentiated again, rather than count as a constant."""
-
-    @staticmethod
-    def forward(ctx, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(
-            "flow_loss: the gradient comes from the forward pass and has no derivative of its own; for second derivatives "
-            'compute the loss under rfkernels.use_backend("reference")'
-        )
+_NO_SECOND = (
+    "flow_loss: the gradient comes from the forward pass and has no derivative of its own; for second derivatives "
+    'compute the loss under rfkernels.use_backend("reference")'
+)
 
 
 def _scale(batch: int, reduction: str) -> float:
@@ -256,9 +248,7 @@ def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
         weighted = wanted[4]
         grads.append((losses * grad_value * ctx.scale).to(ctx.weight_dtype) if weighted else None)
     if torch.is_grad_enabled():  # create_graph=True
-        grads = [
-            g if g is None else _FirstDerivative.apply(g.detach().requires_grad_()) for g in grads
-        ]
+        grads = first_derivatives(grads, _NO_SECOND)
     return grads
 
 

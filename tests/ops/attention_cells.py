@@ -6,13 +6,13 @@ A test takes a ``cell`` (a backend, one scheme) from ``CELLS``; another backend 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import pytest
 import torch
-from cells import _C
+from cells import active, level_reason
 
 import rfkernels as rf
 from rfkernels._dispatch import unavailable_reason
@@ -61,22 +61,12 @@ class AttentionCell:
             return "fp8 needs compute capability 8.9"
         reason = unavailable_reason(self.backend, self.device, "attention")
         if reason is None and self.isa is not None:
-            detected = _C.isa_detected()
-            if ISA_LEVELS.index(self.isa) > ISA_LEVELS.index(detected):
-                return f"this CPU is at {detected}, below {self.isa}"
+            reason = level_reason(self.isa)
         return reason
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """The backend and the level, without a proof."""
-        if self.isa is not None:
-            _C.cap_isa(self.isa)
-        try:
-            with rf.use_backend(self.backend):
-                yield
-        finally:
-            if self.isa is not None:
-                _C.cap_isa("amx")
+        return active(self.backend, self.isa)
 
     def run(self, call: Callable[[], T]) -> T:
         """The call's result, after the counters have shown that this scheme ran here and nothing was handed over."""

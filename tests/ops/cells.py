@@ -28,6 +28,27 @@ GPU = torch.cuda.is_available()
 T = TypeVar("T")
 
 
+def level_reason(isa: str) -> str | None:
+    """Why this CPU cannot run that instruction set level; None when it can."""
+    levels, detected = (*ISA_LEVELS, "amx"), _C.isa_detected()  # amx: of attention only
+    if levels.index(isa) > levels.index(detected):
+        return f"this CPU is at {detected}, below {isa}"
+    return None
+
+
+@contextlib.contextmanager
+def active(backend: str, isa: str | None) -> Iterator[None]:
+    """The backend and the level, without a proof."""
+    if isa is not None:
+        _C.cap_isa(isa)
+    try:
+        with rf.use_backend(backend):
+            yield
+    finally:
+        if isa is not None:
+            _C.cap_isa("amx")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One backend on one device, the native CPU one at one instruction set level."""
@@ -55,10 +76,7 @@ class Cell:
             return "no CUDA device"
         reason = unavailable_reason(self.backend, self.device)
         if reason is None and self.isa is not None:
-            detected = _C.isa_detected()
-            levels = (*ISA_LEVELS, "amx")  # of attention only
-            if levels.index(self.isa) > levels.index(detected):
-                return f"this CPU is at {detected}, below {self.isa}"
+            reason = level_reason(self.isa)
         return reason
 
     def _count(self, op: str) -> int:
@@ -66,17 +84,9 @@ class Cell:
             return triton_backend.launches[op]
         return _C.launch_counts()[(op, self.isa or "cuda")]
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """The backend and the level, without a proof."""
-        if self.isa is not None:
-            _C.cap_isa(self.isa)
-        try:
-            with rf.use_backend(self.backend):
-                yield
-        finally:
-            if self.isa is not None:
-                _C.cap_isa("amx")
+        return active(self.backend, self.isa)
 
     def run(self, op: str, call: Callable[[], T], *, launches: bool = True) -> T:
         """The call's result, after its launcher's counter has moved (``launches=False``: only for empty tensors)."""

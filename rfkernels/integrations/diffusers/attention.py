@@ -235,7 +235,4 @@ def attention_stats(reset: bool = False) -> dict[str, Any]:
 
     Calls in compiled graphs are not counted here; `rf.attention_stats()` has them.
     """
-    stats = COUNTS.as_dict()
-    if reset:
-        COUNTS.reset()
-    return stats
+    return COUNTS.as_dict(reset)
