@@ -1,9 +1,9 @@
 """Training: a first flow from data, reflow on its pairs, distillation to a few steps; every run
 resumes exactly.
 
-`train_flow`, `reflow` and `distill` return a RunResult and, with `run=`, keep a folder that `load`
-reads. Times: t = 0 is the source, t = 1 the data. All randomness is a function of the seed and of
-the step or sample it serves.
+`train_flow`, `reflow`, `distill` and, for every other published method, `train_recipe` return a
+RunResult and, with `run=`, keep a folder that `load` reads. Times: t = 0 is the source, t = 1 the
+data. All randomness is a function of the seed and of the step or sample it serves.
 """
 
 from rfkernels.training.config import DistillConfig, OwnObject, ReflowConfig, TrainConfig
@@ -15,6 +15,7 @@ from rfkernels.training.metrics_log import read_metrics
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.reflow import reflow
 from rfkernels.training.train import train_flow
+from rfkernels.training.train_recipe import train_recipe
 from rfkernels.training.trainer import RunResult, TrainingDivergedError
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "reflow",
     "to_dict",
     "train_flow",
+    "train_recipe",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from rfkernels.data import Data
 from rfkernels.training.config import TrainConfig
-from rfkernels.training.objectives import Objective, batch_condition
+from rfkernels.training.objective import Objective, batch_condition
 from rfkernels.training.trainer import device_of
 
 __all__ = [

@@ -56,23 +56,27 @@ class TrainConfig:
         batch_size: samples per step, over all its micro-batches.
         accumulate: micro-batches per step; divides batch_size. The result is that of the whole
             batch, up to rounding.
+        optimizer: "adamw"; "adamp" or "sgdp", for networks whose weights are followed by norms
+            (Heo et al., 2021), in `rfkernels.optim`.
         learning_rate: its peak.
         schedule: "cosine" (to zero at the last step) or "constant", after the warm-up.
         warmup_steps: linear warm-up from zero.
-        weight_decay: decoupled, as in AdamW; 0 makes it Adam.
-        betas: AdamW's.
+        weight_decay: decoupled, as in AdamW; 0 makes that Adam.
+        betas: of AdamW and AdamP; the first is the momentum of SGDP.
         clip_norm: greatest norm of the gradient; None for no clipping.
         ema_decay: of the averaged weights, in [0, 1); it ramps up as min(ema_decay, (1 + n) / (10 +
             n)).
         seed: everything random is a function of it and of the step or sample.
         path: "linear", "trigonometric", "vp", "sub-vp" or a path object of rfkernels.flow.
         time_distribution: "uniform", "logit-normal", ... or an object of rfkernels.flow.
-        time_max: drawn times are scaled to [0, time_max]; None is the path's own `t_end`, the
-            largest time with a finite target (1 but for "vp").
+        time_min, time_max: drawn times are scaled to [time_min, time_max]; the original rectified
+            flow has time_min = 1e-3. None is the path's own `t_end`, the largest time with a finite
+            target (1 but for "vp").
         loss: "mse", "pseudo_huber" or "pseudo_huber_elementwise"; huber_c is the constant of the
             last two.
-        coupling: "independent"; "ot" (exact minibatch optimal transport); "given" (row i of x0 with
-            row i of x1).
+        coupling: "independent"; "ot" (exact minibatch optimal transport, of several processes each
+            within its own part of a step; "ot-global": over the whole step); "given" (row i of x0
+            with row i of x1).
         conditional: whether labels reach the network as `y`; None: when the data has labels and the
             network a `null_label`.
         label_dropout: probability of replacing a sample's label by the network's `null_label`.
@@ -93,6 +97,7 @@ class TrainConfig:
     steps: int = 3000
     batch_size: int = 256
     accumulate: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
     schedule: str = "cosine"
     warmup_steps: int = 50
@@ -103,6 +108,7 @@ class TrainConfig:
     seed: int = 0
     path: Any = "linear"
     time_distribution: Any = "uniform"
+    time_min: float = 0.0
     time_max: float | None = None
     loss: str = "mse"
     huber_c: float | None = None
@@ -184,6 +190,12 @@ class TrainConfig:
                 "must be in (0, 1]",
                 self.time_max,
             )
+        _require(
+            0 <= _number("time_min", self.time_min) < (self.time_max or 1),
+            "time_min",
+            "must be in [0, time_max)",
+            self.time_min,
+        )
         if self.huber_c is not None:
             _require(
                 _number("huber_c", self.huber_c) > 0,
@@ -209,7 +221,8 @@ class TrainConfig:
         for name, choices in (
             ("schedule", ("cosine", "constant")),
             ("loss", LOSSES),
-            ("coupling", ("independent", "ot", "given")),
+            ("coupling", ("independent", "ot", "ot-global", "given")),
+            ("optimizer", ("adamw", "adamp", "sgdp")),
             ("autocast", (None, "bfloat16")),
             ("conditional", (None, True, False)),
         ):
@@ -223,7 +236,15 @@ class TrainConfig:
             get_time_distribution(self.time_distribution)
 
 
-def _check_pairs(config: ReflowConfig | DistillConfig) -> None:
+def check_train(value: object) -> None:
+    """Refuses what is no TrainConfig."""
+    if not isinstance(value, TrainConfig):
+        raise TypeError(f"train: must be a TrainConfig; got {type(value).__name__}")
+
+
+def check_pair_options(config: Any) -> None:
+    """Refuses options by which no pairs can be made, or none are left to train on."""
+    check_train(config.train)
     _whole("pairs", config.pairs, 2)
     if config.pair_steps is not None:
         _whole("pair_steps", config.pair_steps, 1)
@@ -231,8 +252,6 @@ def _check_pairs(config: ReflowConfig | DistillConfig) -> None:
     _require(isinstance(config.solver, str), "solver", "must be a solver's name", config.solver)
     if config.guidance_scale is not None:
         _number("guidance_scale", config.guidance_scale)
-    if not isinstance(config.train, TrainConfig):
-        raise TypeError(f"train: must be a TrainConfig; got {type(config.train).__name__}")
     held = round(config.pairs * config.train.holdout)
     _require(held < config.pairs, "train.holdout", "must leave pairs to train on", held)
     _require(
@@ -267,7 +286,7 @@ class ReflowConfig:
 
     def __post_init__(self) -> None:
         _whole("rounds", self.rounds, 1)
-        _check_pairs(self)
+        check_pair_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +314,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _whole("k", self.k, 1)
-        _check_pairs(self)
+        check_pair_options(self)
         if not callable(self.distance) and not isinstance(self.distance, OwnObject):
             _require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
         _require(

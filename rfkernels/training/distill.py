@@ -17,8 +17,9 @@ from rfkernels.training.checks import (
 )
 from rfkernels.training.config import DistillConfig
 from rfkernels.training.make_pairs import model_hash
-from rfkernels.training.objectives import DistillObjective
+from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
+from rfkernels.training.recipes.rectified_flow import DistillObjective
 from rfkernels.training.reflow import teacher_pairs
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
@@ -106,7 +107,7 @@ def distill(
             pairs, seed=config.train.seed, holdout=config.train.holdout, device=device_of(trained)
         )
         objective = DistillObjective(
-            source, config.train, null_label, k=config.k, distance=config.distance
+            Setting(source, config.train, null_label), k=config.k, distance=config.distance
         )
         return run_trainer(
             "distill",

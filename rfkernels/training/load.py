@@ -13,11 +13,12 @@ import rfkernels.models as models
 from rfkernels.training import checkpoint as checkpoints
 from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig
 from rfkernels.training.config_json import from_dict
+from rfkernels.training.recipes import RECIPES
 from rfkernels.training.run_folder import read_config
 
 __all__ = ["LoadedRun", "load"]
 
-_CONFIGS = {"train": TrainConfig, "reflow": ReflowConfig, "distill": DistillConfig}
+_CONFIGS = {"train": TrainConfig, "reflow": ReflowConfig, "distill": DistillConfig, **RECIPES}
 
 
 @dataclass
@@ -26,8 +27,8 @@ class LoadedRun:
 
     Attributes:
         model: the network, in evaluation mode; call it as velocity(x, t, y=None).
-        config: TrainConfig, ReflowConfig or DistillConfig, by `kind`.
-        kind: "train", "reflow" or "distill".
+        config: TrainConfig, ReflowConfig, DistillConfig or a recipe, by `kind`.
+        kind: "train", "reflow", "distill" or a recipe's name.
         path: the probability path that the network was trained on (config's).
         sample_shape: shape of one sample.
         num_classes: how many class labels it takes as `y`; None for none.
@@ -47,6 +48,11 @@ class LoadedRun:
     folder: Path
     step: int
     description: dict[str, Any]
+
+    @property
+    def default_solver(self) -> str:
+        """The solver that the run was trained for."""
+        return getattr(self.config, "sample_solver", "euler")
 
 
 def load(

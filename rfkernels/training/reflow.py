@@ -13,8 +13,9 @@ from rfkernels.ops.random import derive_seed
 from rfkernels.training.checks import check_destination, check_label_dropout
 from rfkernels.training.config import DistillConfig, ReflowConfig
 from rfkernels.training.make_pairs import make_pairs, model_hash
-from rfkernels.training.objectives import FlowObjective
+from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
+from rfkernels.training.recipes.rectified_flow import FlowObjective
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
 from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
@@ -118,7 +119,7 @@ def _round(
             "reflow",
             "reflow",
             student,
-            FlowObjective(source, config.train, null_label),
+            FlowObjective(Setting(source, config.train, null_label)),
             config,
             train=config.train,
             run=opened,

@@ -32,14 +32,17 @@ class Draw(NamedTuple):
     condition: dict[str, torch.Tensor]
 
 
+ALL = slice(None)
+
+
 class Source(Protocol):
     """What an objective draws from."""
 
     sample_shape: tuple[int, ...]
     device: torch.device
 
-    def draw(self, start: int, count: int) -> Draw:
-        """The samples of positions start .. start + count - 1."""
+    def draw(self, start: int, count: int, part: slice = ALL) -> Draw:
+        """The samples of positions start .. start + count - 1, a step's batch, or a part of them."""
 
     def held_out(self) -> Draw | None:
         """The held-out samples, always the same; None without any."""
@@ -77,7 +80,7 @@ class DataSource:
     Args:
         data: the target x1.
         x0: the source data set; None for standard normal noise.
-        coupling: "independent", "ot" or "given" (TrainConfig.coupling).
+        coupling: TrainConfig.coupling.
         seed: the run's seed.
         holdout: fraction held out; of an endless stream, any fraction above 0 holds out samples of
             its own.
@@ -112,9 +115,16 @@ class DataSource:
                 if coupling == "given"
                 else _Order(self._from.size, derive_seed(seed, "shuffle source"), first=2**61)
             )
-        self._transport = MinibatchOT() if coupling == "ot" else None
+        self._transport = MinibatchOT() if coupling.startswith("ot") else None
+        self._whole = coupling == "ot-global"
 
-    def draw(self, start: int, count: int) -> Draw:
+    def draw(self, start: int, count: int, part: slice = ALL) -> Draw:
+        if self._whole:  # every process assigns the whole batch, and keeps its part
+            return _cut(self._draw(start, count), part)
+        positions = range(start, start + count)[part]
+        return self._draw(positions.start, len(positions))
+
+    def _draw(self, start: int, count: int) -> Draw:
         x1, labels = self._rows(self._train, self._order.rows(start, count))
         offset = torch.arange(start, start + count, device=self.device)
         condition = {} if labels is None or not self.conditional else {"y": labels}
@@ -147,6 +157,11 @@ class DataSource:
         x, labels = data.rows(index)
         labels = None if labels is None else labels.to(self.device)
         return Rows(x.to(self.device, torch.float32), labels)
+
+
+def _cut(draw: Draw, part: slice) -> Draw:
+    condition = {name: value[part] for name, value in draw.condition.items()}
+    return draw._replace(x1=draw.x1[part], x0=draw.x0[part], condition=condition)
 
 
 # Held-out samples of an endless stream: indices that no run reaches.
@@ -204,8 +219,9 @@ class PairSource:
             return Draw(x1, pairs.x0.to(self.device), None, None, condition)
         return Draw(x1, None, self._pairs.seed, pairs.index.to(self.device), condition)
 
-    def draw(self, start: int, count: int) -> Draw:
-        return self._pick(self._order.rows(start, count))
+    def draw(self, start: int, count: int, part: slice = ALL) -> Draw:
+        positions = range(start, start + count)[part]
+        return self._pick(self._order.rows(positions.start, len(positions)))
 
     def held_out(self) -> Draw | None:
         if not self._held:

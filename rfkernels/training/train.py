@@ -23,8 +23,9 @@ from rfkernels.training.checks import (
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.config_json import to_dict
 from rfkernels.training.files import tensors_sha256
-from rfkernels.training.objectives import FlowObjective, Objective
+from rfkernels.training.objective import Objective, Setting
 from rfkernels.training.pictures import Pictures
+from rfkernels.training.recipes.rectified_flow import FlowObjective
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import DataSource
 from rfkernels.training.trainer import RunResult, Trainer, device_of
@@ -89,12 +90,12 @@ def train_flow(
         conditional=conditional,
         device=device,
     )
-    objective = FlowObjective(source, config, null_label)
+    objective = FlowObjective(Setting(source, config, null_label))
     check_output(model, objective)
     classes = getattr(data, "num_classes", None) if conditional else None
     described = {
-        "data": _data_of(data),
-        "source": None if source_data is None else _data_of(source_data),
+        "data": describe_data(data),
+        "source": None if source_data is None else describe_data(source_data),
         "conditional": conditional,
         "num_classes": classes,
     }
@@ -181,7 +182,8 @@ def describe_run(
     }
 
 
-def _data_of(data: Data) -> dict[str, Any]:
+def describe_data(data: Data) -> dict[str, Any]:
+    """What config.json says of a data set."""
     return {
         "name": data.name,
         "size": data.size,

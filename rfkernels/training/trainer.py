@@ -20,7 +20,7 @@ from rfkernels.training.config import TrainConfig
 from rfkernels.training.ema import EMA
 from rfkernels.training.interrupt import InterruptGuard
 from rfkernels.training.metrics_log import MetricsLog, tensorboard_wanted
-from rfkernels.training.objectives import Batch, Objective
+from rfkernels.training.objective import Batch, Objective
 from rfkernels.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from rfkernels.training.progress import Bar
 from rfkernels.training.run_folder import RunFolder
@@ -46,8 +46,8 @@ class RunResult:
         run: the run's folder, None when nothing was written.
         metrics: the logged lines, each a dict with `step`; `loss` is the mean since the line
             before.
-        kind: "train", "reflow" or "distill".
-        config: the run's TrainConfig, ReflowConfig or DistillConfig.
+        kind: "train", "reflow", "distill" or a recipe's name.
+        config: the run's TrainConfig, ReflowConfig, DistillConfig or recipe.
         sample_shape: shape of one sample.
         num_classes: how many class labels the network takes as `y`; None for none.
         conditional: whether it was trained with labels or condition vectors.
@@ -118,6 +118,7 @@ class Trainer:
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = make_optimizer(self._parameters, config)
             self._ema = EMA(self.model, config.ema_decay)
+            self.objective.attach(self._ema.model)
             restored = self._restore()
             step = restored or 0
             board = None

@@ -34,7 +34,7 @@ from rfkernels.training import (
         ({"time_max": 1.5}, "time_max: must be in"),
         ({"loss": "l1"}, "loss: must be one of mse"),
         ({"huber_c": 0.1}, "huber_c: belongs to the pseudo-Huber losses"),
-        ({"coupling": "greedy"}, "coupling: must be one of independent, ot, given"),
+        ({"coupling": "greedy"}, "coupling: must be one of independent, ot, ot-global, given"),
         ({"label_dropout": 1.0}, "label_dropout: must be in"),
         ({"holdout": -0.1}, "holdout: must be in"),
         ({"autocast": "float16"}, "autocast: must be one of None, bfloat16"),

@@ -20,7 +20,8 @@ from rfkernels.training import (
     reflow,
     train_flow,
 )
-from rfkernels.training.objectives import DistillObjective, FlowObjective
+from rfkernels.training.objective import Setting
+from rfkernels.training.recipes.rectified_flow import DistillObjective, FlowObjective
 from rfkernels.training.sources import PairSource
 
 TRAIN = TrainConfig(steps=10, batch_size=16, log_every=5, checkpoint_every=5, warmup_steps=2)
@@ -53,7 +54,7 @@ def pairs(tmp_path):
 
 def test_reflow_batches_are_the_pairs_on_their_lines(pairs):
     source = PairSource(pairs, seed=0, holdout=0.25, device=CPU)
-    batch = FlowObjective(source, TRAIN, None).batch(0)
+    batch = FlowObjective(Setting(source, TRAIN)).batch(0)
     x0, x1, _ = pairs.batch(torch.arange(40))
     table = {tuple((b - a).tolist()): i for i, (a, b) in enumerate(zip(x0, x1, strict=True))}
     rows = [table[tuple(v.tolist())] for v in batch["target"]]
@@ -61,18 +62,18 @@ def test_reflow_batches_are_the_pairs_on_their_lines(pairs):
     assert len(set(rows)) == 16
     t = batch["t"][:, None]
     torch.testing.assert_close(batch["xt"], (1 - t) * x0[rows] + t * x1[rows])
-    held = FlowObjective(source, TRAIN, None).held_out()
+    held = FlowObjective(Setting(source, TRAIN)).held_out()
     torch.testing.assert_close(held["target"], (x1 - x0)[30:])
 
 
 def test_distillation_asks_for_the_end_at_its_own_times(pairs):
     source = PairSource(pairs, seed=0, holdout=0.0, device=CPU)
-    one = DistillObjective(source, TRAIN, None, k=1, distance="l2").batch(0)
+    one = DistillObjective(Setting(source, TRAIN), k=1, distance="l2").batch(0)
     assert not one["t"].any()
     x0, _, _ = pairs.batch(torch.arange(40))
     assert {tuple(v) for v in one["xt"].tolist()} <= {tuple(v) for v in x0.tolist()}
     config = TrainConfig(batch_size=3000)
-    times = DistillObjective(source, config, None, k=4, distance="l2").batch(0)["t"]
+    times = DistillObjective(Setting(source, config), k=4, distance="l2").batch(0)["t"]
     values, counts = times.unique(return_counts=True)
     assert values.tolist() == [0.0, 0.25, 0.5, 0.75]
     assert (counts - 750).abs().max() < 5 * math.sqrt(3000 * 0.25 * 0.75)
@@ -89,7 +90,7 @@ def test_distances_agree_where_they_must(pairs):
 
     losses = []
     for distance in ("l2", per_sample, nn.functional.mse_loss):
-        objective = DistillObjective(source, TRAIN, None, k=1, distance=distance)
+        objective = DistillObjective(Setting(source, TRAIN), k=1, distance=distance)
         batch = objective.batch(0)
         losses.append(objective.loss(model, batch).item())
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -97,7 +98,7 @@ def test_distances_agree_where_they_must(pairs):
     with torch.no_grad():
         torch.testing.assert_close(prediction, batch["xt"] + model(batch["xt"], batch["t"]))
     torch.testing.assert_close(target - batch["xt"], batch["target"])
-    wrong = DistillObjective(source, TRAIN, None, k=1, distance=lambda a, b: (a - b).square())
+    wrong = DistillObjective(Setting(source, TRAIN), k=1, distance=lambda a, b: (a - b).square())
     with pytest.raises(ValueError, match=r"distance: must return \(16,\) losses or a 0-d tensor"):
         wrong.loss(model, wrong.batch(0))
 
