@@ -14,9 +14,9 @@ import torch
 import rfkernels.data as datasets
 import rfkernels.models as models
 import rfkernels.training as training
-from rfkernels.cli.draw import Drawer
 from rfkernels.cli.quality import STEPS, Quality, Yardstick, measure_steps
 from rfkernels.metrics import straightness, transport_cost
+from rfkernels.metrics.drawer import Drawer
 from rfkernels.ops.random import derive_seed
 from rfkernels.training.progress import Bar
 

@@ -55,9 +55,9 @@ def evaluate(
     """
     import torch
 
-    from rfkernels.cli.draw import Drawer
     from rfkernels.cli.pictures import quality_plot, require_pictures
     from rfkernels.cli.quality import Yardstick, measure_steps, quality_rows
+    from rfkernels.metrics.drawer import Drawer
     from rfkernels.training import load
     from rfkernels.training.progress import Bar
 

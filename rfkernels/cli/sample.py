@@ -59,8 +59,8 @@ def sample(
     """
     import torch
 
-    from rfkernels.cli.draw import Drawer
     from rfkernels.cli.pictures import is_image, one_grid, point_cloud, require_pictures
+    from rfkernels.metrics.drawer import Drawer
     from rfkernels.training import load
 
     for name, value in (("n", n), ("batch", batch)):

@@ -1,12 +1,18 @@
-"""Drawing from a run, for `sample`, `eval` and `demo`: the noise by (seed, sample index), labels, guidance, batches."""
+"""Drawing from a run: the noise by (seed, sample index), labels, guidance, solver, batches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 
+from rfkernels.metrics.transport import straightness_of_trajectory
 from rfkernels.ops.random import derive_seed, randn
 from rfkernels.sampling import sample
-from rfkernels.training import LoadedRun, RunResult
+
+if TYPE_CHECKING:
+    from rfkernels.training import LoadedRun, RunResult
 
 __all__ = ["Drawer"]
 
@@ -17,7 +23,14 @@ class Drawer:
     Args:
         run: of `rfkernels.training.load`, or a result in memory.
         guidance: classifier-free guidance scale, or None.
-        label: the class of every sample; None takes all classes in turn when the run is conditional.
+        label: the class of every sample; None takes all classes in turn when the run is
+            conditional.
+
+    Attributes:
+        velocity: the run's network with averaged weights.
+        sample_shape: of one sample.
+        num_classes: labels that the network is given; None for a run without.
+        default_solver: what the run is meant to be sampled with: its own, else "euler".
 
     Raises:
         ValueError: a label or guidance that the run cannot have, or a run that does not start from noise.
@@ -26,10 +39,12 @@ class Drawer:
     def __init__(
         self, run: LoadedRun | RunResult, *, guidance: float | None = None, label: int | None = None
     ) -> None:
-        self.velocity = run.model if isinstance(run, LoadedRun) else run.ema
+        # A result in memory has the averaged weights beside the last ones; a loaded run has one set.
+        self.velocity = run.ema if hasattr(run, "ema") else run.model
+        self.default_solver = getattr(run, "default_solver", None) or "euler"
         self.sample_shape = tuple(run.sample_shape)
         self.num_classes = run.num_classes if run.conditional else None
-        if isinstance(run, LoadedRun) and run.description.get("source") is not None:
+        if getattr(run, "description", {}).get("source") is not None:
             raise ValueError(
                 "run: it starts from samples, not from noise; sample it in Python, with rf.sample"
             )
@@ -78,31 +93,54 @@ class Drawer:
         *,
         seed: int,
         steps: int | None,
-        solver: str = "euler",
+        solver: str | None = None,
         grid: float | None = None,
         batch: int = 1000,
         progress: bool = False,
+        done: Callable[[int], object] | None = None,
     ) -> tuple[torch.Tensor, float]:
-        """(samples of these indices on the CPU, evaluations of the network per sample)."""
+        """(samples of these indices on the CPU, evaluations of the network per sample).
+
+        Args:
+            index: (n,) int64 sample indices; sample i is the same whatever else is drawn.
+            seed: of the noise.
+            steps: of a solver that takes steps; None for an adaptive one.
+            solver: None is `default_solver`.
+            grid: of times, a shift.
+            batch: samples at a time.
+            progress: show a bar.
+            done: told the number of samples after every batch.
+        """
         parts, evaluations = [], 0.0
-        with torch.no_grad():
-            for rows in index.split(batch):
-                labels = self.labels(rows)
-                condition = {} if labels is None else {"y": labels.to(self._device)}
-                info = sample(
-                    self.velocity,
-                    self.noise(rows, seed),
-                    steps=steps,
-                    solver=solver,
-                    grid=grid,
-                    guidance_scale=self._guidance,
-                    condition=condition,
-                    uncondition=None if self._guidance is None else {},
-                    progress=progress and len(index) > batch // 2,
-                    return_info=True,
-                )
-                parts.append(info.x.cpu())
-                evaluations += float(torch.as_tensor(info.nfe, dtype=torch.float64).mean()) * len(
-                    rows
-                )
+        for rows in index.split(batch):
+            info = self._solve(
+                rows,
+                seed,
+                steps=steps,
+                solver=solver or self.default_solver,
+                grid=grid,
+                progress=progress and len(index) > batch // 2,
+            )
+            parts.append(info.x.cpu())
+            evaluations += float(torch.as_tensor(info.nfe, dtype=torch.float64).mean()) * len(rows)
+            if done is not None:
+                done(len(rows))
         return torch.cat(parts), evaluations / len(index)
+
+    def straightness(self, index: torch.Tensor, *, seed: int, steps: int = 32) -> float:
+        """Straightness S of the flow from these samples' noise, by Euler steps; 0 is straight."""
+        info = self._solve(index, seed, steps=steps, solver="euler")
+        return straightness_of_trajectory(info.times, info.trajectory)
+
+    @torch.no_grad()
+    def _solve(self, rows: torch.Tensor, seed: int, **options: Any) -> Any:
+        labels = self.labels(rows)
+        return sample(
+            self.velocity,
+            self.noise(rows, seed),
+            condition={} if labels is None else {"y": labels.to(self._device)},
+            guidance_scale=self._guidance,
+            uncondition=None if self._guidance is None else {},
+            return_info=True,
+            **options,
+        )
