@@ -4,9 +4,27 @@
 one.
 """
 
+from rfkernels.training.recipes.instaflow import InstaFlowDistill
 from rfkernels.training.recipes.recipe import PairRecipe, Recipe
 from rfkernels.training.recipes.rectified_flow import DistillObjective, FlowObjective
+from rfkernels.training.recipes.slimflow import SlimFlowDistill, SlimFlowReflow
 
-RECIPES: dict[str, type[Recipe]] = {cls.name: cls for cls in ()}
+RECIPES: dict[str, type[Recipe]] = {
+    cls.name: cls
+    for cls in (
+        InstaFlowDistill,
+        SlimFlowDistill,
+        SlimFlowReflow,
+    )
+}
 
-__all__ = ["RECIPES", "DistillObjective", "FlowObjective", "PairRecipe", "Recipe"]
+__all__ = [
+    "RECIPES",
+    "DistillObjective",
+    "FlowObjective",
+    "InstaFlowDistill",
+    "PairRecipe",
+    "Recipe",
+    "SlimFlowDistill",
+    "SlimFlowReflow",
+]
