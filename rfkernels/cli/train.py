@@ -31,8 +31,8 @@ def train(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="digits, mnist, moons, ring, checkerboard, spirals, an .npz or .safetensors file with x (and labels), "
-            "or a folder of images."
+            help="digits, mnist, emoji, moons, ring, checkerboard, spirals, an .npz or .safetensors file with x (and labels), "
+            "a folder of images, tar shards (a folder, file or pattern), or a .parquet or save_to_disk set of datasets."
         ),
     ] = None,
     model: Annotated[

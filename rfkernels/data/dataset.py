@@ -1,16 +1,27 @@
-"""What the training loop reads: a sized set of samples held in memory, or an endless stream keyed
-by sample index."""
+"""What the training loop reads: a sized set of samples, in memory or read as they are asked for, or
+an endless stream keyed by sample index."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from rfkernels.ops.random import derive_seed, rand
 
-__all__ = ["Data", "Dataset", "Rows", "as_dataset", "epoch_order", "split", "split_rows"]
+__all__ = [
+    "Data",
+    "Dataset",
+    "OrderedData",
+    "Rows",
+    "Subset",
+    "as_dataset",
+    "epoch_order",
+    "part_order",
+    "split",
+    "split_rows",
+]
 
 
 class Rows(NamedTuple):
@@ -21,8 +32,19 @@ class Rows(NamedTuple):
 
 
 class Data(Protocol):
-    """A source of samples. `size` is None for an endless stream, whose every int64 index is a
-    sample of its own."""
+    """A source of samples.
+
+    `rows` is a pure function of the index: the same samples whatever was read before, in every
+    process. That is what makes a run resume in the middle of an epoch without reading what came
+    before, and draw the same samples on any number of processes.
+
+    Attributes:
+        name: what metrics and run folders call it.
+        size: the number of samples; None for an endless stream, whose every int64 index is a sample
+            of its own.
+        sample_shape: the shape of one sample.
+        has_labels: whether `rows` gives labels.
+    """
 
     name: str
     size: int | None
@@ -30,7 +52,22 @@ class Data(Protocol):
     has_labels: bool
 
     def rows(self, index: torch.Tensor) -> Rows:
-        """The samples with these indices, int64 (B,)."""
+        """The samples with these indices, int64 (B,), in their order; float32 x.
+
+        Raises:
+            ValueError: a sample cannot be read; the message names its file.
+        """
+
+
+class OrderedData(Data, Protocol):
+    """Data that says in which order an epoch is best read; see `part_order`."""
+
+    def order(self, rows: torch.Tensor, *, seed: int, epoch: int) -> torch.Tensor:
+        """Every one of `rows`, int64 (n,), once, in an order that is a function of (seed, epoch).
+
+        An index i + size stands for a variant of sample i (the mirrored image, of a data set that
+        has one).
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +78,13 @@ class Dataset:
         x: (N, *sample_shape) float32; images lie in [-1, 1].
         labels: None, int64 class labels (N,), or float condition vectors (N, C).
         name: what metrics and run folders call it.
+        captions: None, or what each sample shows, in words.
     """
 
     x: torch.Tensor
     labels: torch.Tensor | None = None
     name: str = "tensor"
+    captions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.x, torch.Tensor):
@@ -67,6 +106,10 @@ class Dataset:
                     f"labels: must have one row per sample, {len(self.x)}; got "
                     f"{tuple(self.labels.shape)}"
                 )
+        if self.captions is not None and len(self.captions) != len(self.x):
+            raise ValueError(
+                f"captions: must have one per sample, {len(self.x)}; got {len(self.captions)}"
+            )
 
     @property
     def size(self) -> int:
@@ -96,7 +139,46 @@ class Dataset:
     def take(self, index: torch.Tensor) -> Dataset:
         """The data set of these rows."""
         rows = self.rows(index)
-        return Dataset(rows.x, rows.labels, self.name)
+        captions = self.captions
+        if captions is not None:
+            captions = tuple(captions[i] for i in torch.arange(self.size)[index].tolist())
+        return Dataset(rows.x, rows.labels, self.name, captions)
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some rows of a sized data set that is not in memory: sample i is sample index[i] of `data`.
+
+    Attributes:
+        data: the whole.
+        index: int64 (n,), without repetition.
+    """
+
+    data: Data
+    index: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.data.sample_shape
+
+    @property
+    def has_labels(self) -> bool:
+        return self.data.has_labels
+
+    @property
+    def num_classes(self) -> int | None:
+        return getattr(self.data, "num_classes", None)
+
+    def rows(self, index: torch.Tensor) -> Rows:
+        return self.data.rows(self.index[index])
 
 
 def as_dataset(data: Data | torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Data:
@@ -125,6 +207,25 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> torch.Tensor:
     return torch.argsort((draws[:size] << 24) | draws[size:], stable=True)
 
 
+def part_order(data: Data, rows: torch.Tensor, *, seed: int, epoch: int) -> torch.Tensor:
+    """The indices of `data` that one epoch over `rows` reads, int64 (n,): a function of (seed,
+    epoch).
+
+    Data with an `order` of its own (shards, which are read mostly in sequence; images that are
+    mirrored by chance) says so; of any other the order is `epoch_order`.
+
+    Args:
+        data: a sized data set.
+        rows: ascending indices, for instance those that are not held out.
+        seed: the run's seed for shuffling.
+        epoch: from 0.
+    """
+    own = getattr(data, "order", None)
+    if own is None:
+        return rows[epoch_order(len(rows), seed=seed, epoch=epoch)]
+    return own(rows, seed=seed, epoch=epoch)
+
+
 def split_rows(size: int, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(training rows, held-out rows) of `size` samples, each ascending; see `split`."""
     if not 0.0 <= fraction < 1.0:
@@ -137,7 +238,7 @@ def split_rows(size: int, fraction: float, seed: int) -> tuple[torch.Tensor, tor
     return order[count:].sort().values, order[:count].sort().values
 
 
-def split(data: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:
+def split(data: Data, fraction: float, seed: int = 0) -> tuple[Any, Any]:
     """(training part, held-out part): `fraction` of the samples, drawn by (seed, "holdout"), are
     held out.
 
@@ -145,10 +246,14 @@ def split(data: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
     it never saw.
 
     Args:
-        data: a data set in memory.
+        data: a sized data set. The parts of a `Dataset` are `Dataset`s, of any other a `Subset`.
         fraction: in [0, 1); 0 gives None for the held-out part, anything more holds out one sample
             at least.
         seed: the run's seed.
     """
+    if data.size is None:
+        raise ValueError(f"data: must have a size to be split; {data.name} is an endless stream")
     train, held = split_rows(data.size, fraction, seed)
-    return data.take(train), data.take(held) if len(held) else None
+    if isinstance(data, Dataset):
+        return data.take(train), data.take(held) if len(held) else None
+    return Subset(data, train), Subset(data, held) if len(held) else None

@@ -1,4 +1,4 @@
-"""Data sets from the user's own files: a folder of images, an .npz archive, a .safetensors file."""
+"""Data sets from the user's own files: an .npz archive, a .safetensors file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 
 from rfkernels.data.dataset import Dataset
 
-__all__ = ["load_arrays", "load_image_folder"]
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+__all__ = ["load_arrays"]
 
 
 def _from_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> Dataset:
@@ -72,48 +70,3 @@ def load_arrays(file: str | Path) -> Dataset:
     except TypeError as error:
         raise ValueError(f"{file}: arrays must be numbers ({error})") from error
     return _from_tensors(tensors, file)
-
-
-def load_image_folder(folder: str | Path, *, image_size: int = 32, channels: int = 3) -> Dataset:
-    """Every image below `folder`, centre-cropped to a square and resized, in [-1, 1], shape
-    (channels, size, size).
-
-    The images of each direct subfolder form a class (in the order of the sorted names); without
-    subfolders there are no labels. All of them are held in memory.
-
-    Raises:
-        ImportError: Pillow is not installed (the extra `demo` brings it).
-    """
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError(
-            'load_image_folder: needs Pillow; install it with: pip install "rfkernels[demo]"'
-        ) from error
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if channels not in (1, 3):
-        raise ValueError(f"channels: must be 1 or 3; got {channels}")
-    if image_size < 1:
-        raise ValueError(f"image_size: must be at least 1; got {image_size}")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"{folder}: holds no images ({', '.join(sorted(_SUFFIXES))})")
-    pixels = np.empty((len(files), image_size, image_size, channels), dtype=np.uint8)
-    for row, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                square = ImageOps.fit(
-                    image.convert("L" if channels == 1 else "RGB"), (image_size, image_size)
-                )
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file}: not a readable image ({error})") from error
-        pixels[row] = np.asarray(square).reshape(image_size, image_size, channels)
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous() / 127.5 - 1.0
-    parts = [file.relative_to(folder).parts for file in files]
-    labels = None
-    if all(len(p) > 1 for p in parts):
-        classes = sorted({p[0] for p in parts})
-        labels = torch.tensor([classes.index(p[0]) for p in parts])
-    return Dataset(x, labels, folder.resolve().name)
