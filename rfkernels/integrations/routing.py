@@ -16,9 +16,7 @@ never change without a trace. The rules, in the order in which they are asked:
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +25,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import rfkernels
 from rfkernels._dispatch import recorded, transforms_active
 from rfkernels.backends.attention_schemes import MAX_HEAD_DIM, PRECISIONS
+from rfkernels.ops._attention_early import early_handover
+from rfkernels.ops._attention_stats import Tally
 
 __all__ = ["TORCH_SDPA", "RouteCounts", "check_precision", "refusal", "route"]
 
@@ -34,10 +34,10 @@ __all__ = ["TORCH_SDPA", "RouteCounts", "check_precision", "refusal", "route"]
 TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_any_autocast = torch._C._is_any_autocast_enabled
 _lock = threading.Lock()
 
 
-@dataclass
 class RouteCounts:
     """How many calls came, how many `rf.attention` took, and why the others went to the original.
 
@@ -45,33 +45,36 @@ class RouteCounts:
     it was traced, nothing is counted here (`rf.attention_stats()` counts those, at run time).
     """
 
-    calls: int = 0
-    routed: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self._routed = Tally()
+        self._fallbacks: dict[str, Tally] = {}
+        self.count_routed = (
+            self._routed.add
+        )  # one call that `rf.attention` takes, outside of graphs
 
     def count(self, reason: str | None) -> None:
         """Add one call; `reason` is None when `rf.attention` takes it."""
         if torch.compiler.is_compiling():
             return
-        with _lock:
-            self.calls += 1
-            if reason is None:
-                self.routed += 1
-            else:
-                self.fallbacks[reason] += 1
+        if reason is None:
+            self.count_routed()
+            return
+        tally = self._fallbacks.get(reason)
+        if tally is None:
+            tally = self._fallbacks.setdefault(reason, Tally())
+        tally.add()
 
     def as_dict(self, reset: bool = False) -> dict[str, Any]:
-        """{"calls": int, "routed": int, "fallbacks": {reason: int}}, a copy; `reset` zeroes in the same step."""
+        """{"calls": int, "routed": int, "fallbacks": {reason: int}}, a copy; `reset` counts on from zero."""
         with _lock:
-            counts = {
-                "calls": self.calls,
-                "routed": self.routed,
-                "fallbacks": dict(self.fallbacks),
-            }
-            if reset:
-                self.calls = self.routed = 0
-                self.fallbacks.clear()
-        return counts
+            routed = self._routed.read(reset)
+            found = {reason: tally.read(reset) for reason, tally in list(self._fallbacks.items())}
+        fallbacks = {reason: calls for reason, calls in found.items() if calls}
+        return {
+            "calls": routed + sum(fallbacks.values()),
+            "routed": routed,
+            "fallbacks": fallbacks,
+        }
 
 
 def check_precision(where: str, precision: object) -> str:
@@ -211,6 +214,12 @@ def route(
         training: take calls that need a gradient as well.
         counts: where the call is counted.
     """
+    if dropout_p == 0.0 and (training or not recorded(query, key, value)) and not _any_autocast():
+        # So small that `rf.attention` would give it back: every question below costs more.
+        handed = early_handover(query, key, value, attn_mask, is_causal, scale, precision)
+        if handed is not None:
+            counts.count_routed()
+            return handed
     reason: str | None
     if _overridden(query, key, value, attn_mask):
         reason = "a tensor subclass"

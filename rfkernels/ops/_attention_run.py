@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import torch
 
 from rfkernels import _dispatch
 from rfkernels._errors import BackendUnavailableError
-from rfkernels.backends.reference.exact_attention import logsumexp, sdpa, torch_attention
+from rfkernels.backends.reference.exact_attention import logsumexp, sdpa
 from rfkernels.ops import _attention_route as route
-from rfkernels.ops._attention_handover import FLOAT64, HEAD_SIZE, SMALL, handover_reason
+from rfkernels.ops._attention_handover import FLOAT64, HEAD_SIZE, handover_reason
 from rfkernels.ops._attention_stats import count_call, count_handover
-
-EARLY_PRECISIONS = ("int8", "int8_u8", "int8_bf16", "bf16")
 
 
 def new_output(q: torch.Tensor, channels: int) -> torch.Tensor:
@@ -31,40 +28,6 @@ def new_output(q: torch.Tensor, channels: int) -> torch.Tensor:
 def new_lse(q: torch.Tensor, wanted: bool) -> torch.Tensor:
     """An empty (B, Hq, Sq) float32 tensor, or one without elements, since ops return no None."""
     return q.new_empty(q.shape[:3] if wanted else (0,), dtype=torch.float32)
-
-
-def early_handover(q, k, v, is_causal, scale, precision) -> torch.Tensor | None:
-    """PyTorch's attention where the rule sends plain small calls, before any other check; None: not such a call.
-
-    The checks cost more than PyTorch's attention of a few rows takes. Whatever looks wrong here is left to them.
-    """
-    if not SMALL or _dispatch.watched() or _dispatch.forced_backend() is not None:
-        return None
-    if is_causal.__class__ is not bool or precision not in EARLY_PRECISIONS:
-        return None
-    if scale is not None and (scale.__class__ is not float or not math.isfinite(scale)):
-        return None
-    try:
-        if not q.is_cpu:
-            return None
-        batch, heads, queries, dim = q.shape
-        others, dtype = k.shape, q.dtype
-        if others != v.shape or others != (batch, heads, others[2], dim):
-            return None
-    except (AttributeError, ValueError, IndexError, TypeError):
-        return None
-    reason = handover_reason(
-        queries, others[2], dim, dim, "causal" if is_causal else "none", dtype, "cpu",
-        torch.get_num_threads(), "int8_u8" if precision == "int8" else precision,
-    )  # fmt: skip
-    if reason is None:
-        return None
-    try:
-        out = torch_attention(q, k, v, None, 0.0, is_causal, scale=scale)
-    except RuntimeError:
-        return None
-    count_handover(precision, reason)
-    return out
 
 
 def reason_for(q, k, v, attn_mask, is_causal: bool, scheme: str) -> str | None:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _lock = threading.Lock()
 _calls: dict[
     tuple[str, str, str], list[int]
 ] = {}  # (precision, scheme, backend) -> calls, exact heads
-_handovers: dict[tuple[str, str], int] = {}  # (precision, reason) -> calls
+
+
+class Tally:
+    """A count that many threads may raise at the cost of one call into C, without a lock."""
+
+    __slots__ = ("_base", "_looks", "add")
+
+    def __init__(self) -> None:
+        # next() of this iterator is one indivisible step; looking is one more, which is taken off again.
+        self.add: Callable[[], int] = itertools.count().__next__
+        self._looks = self._base = 0
+
+    def read(self, reset: bool) -> int:
+        """How often ``add`` was called since the last reset; one reader at a time."""
+        total = self.add() - self._looks
+        self._looks += 1
+        count = total - self._base
+        if reset:
+            self._base = total
+        return count
+
+
+_handovers: dict[tuple[str, str], Tally] = {}  # (precision, reason) -> calls; never removed
 
 
 @dataclass(frozen=True)
@@ -49,11 +73,15 @@ def count_call(precision: str, scheme: str, backend: str, exact_heads: int) -> N
         entry[1] += exact_heads
 
 
+def handover_counter(precision: str, reason: str) -> Callable[[], object]:
+    """What counts one call that went to PyTorch's attention; good for ever."""
+    with _lock:
+        return _handovers.setdefault((precision, reason), Tally()).add
+
+
 def count_handover(precision: str, reason: str) -> None:
     """One call that went to PyTorch's attention."""
-    key = (precision, reason)
-    with _lock:
-        _handovers[key] = _handovers.get(key, 0) + 1
+    handover_counter(precision, reason)()
 
 
 def attention_stats(reset: bool = False) -> AttentionStats:
@@ -63,12 +91,12 @@ def attention_stats(reset: bool = False) -> AttentionStats:
         reset: start again from zero after reading, in one step.
     """
     with _lock:
+        handovers = {key: tally.read(reset) for key, tally in _handovers.items()}
         stats = AttentionStats(
             {key: entry[0] for key, entry in _calls.items()},
             {key: entry[1] for key, entry in _calls.items()},
-            dict(_handovers),
+            {key: calls for key, calls in handovers.items() if calls},
         )
         if reset:
             _calls.clear()
-            _handovers.clear()
     return stats

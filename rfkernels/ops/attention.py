@@ -6,10 +6,11 @@ import torch
 
 from rfkernels import _dispatch
 from rfkernels.ops import _attention_checks as checks
+from rfkernels.ops._attention_early import early_handover
 from rfkernels.ops._attention_kv import attend_quantized
 from rfkernels.ops._attention_op import Attention, attention_op
 from rfkernels.ops._attention_route import scheme_of
-from rfkernels.ops._attention_run import decide, early_handover, hand_over, serve
+from rfkernels.ops._attention_run import decide, hand_over, serve
 from rfkernels.ops.quantize import QuantizedKV
 
 
@@ -74,16 +75,20 @@ def attention(
         BackendUnavailableError: a scheme without a kernel for the device, or a forced backend that cannot serve the call.
     """
     name = "attention"
+    if layout == "bhsd" and return_lse is False:
+        handed = early_handover(q, k, v, attn_mask, is_causal, scale, precision)
+        if handed is not None:
+            return handed
     if isinstance(k, QuantizedKV):
         return attend_quantized(
             q, k, v, attn_mask, is_causal, scale, enable_gqa, layout, precision, return_lse
         )
-    if attn_mask is None and layout == "bhsd" and return_lse is False:
-        handed = early_handover(q, k, v, is_causal, scale, precision)
-        if handed is not None:
-            return handed
     if layout != "bhsd":
         q, k, v = checks.heads_first(name, layout, q=q, k=k, v=v)
+        if return_lse is False:
+            handed = early_handover(q, k, v, attn_mask, is_causal, scale, precision)
+            if handed is not None:
+                return handed.transpose(1, 2)
     if checks.autocasts(q):
         q, k, v, attn_mask = checks.autocast(q, k, v, attn_mask)
     checks.inputs(name, q, k, v, enable_gqa)

@@ -214,6 +214,41 @@ def test_calls_that_the_kernel_hands_over_do_not_come_back():
     assert sum(rf.attention_stats(reset=True).handovers.values()) == 1
 
 
+@pytest.mark.parametrize("reason", [None, *FALLBACKS])
+def test_small_calls_given_back_are_counted_as_large_ones_are(reason):
+    tensors, options = FALLBACKS[reason]() if reason else (qkv(), {})
+    mask = torch.rand(24, 40) > 0.3
+    rf.attention_stats(reset=True)
+    with integrations.sdpa() as patch:
+        for extra in ({}, {"attn_mask": mask}) if reason is None else ({},):
+            try:
+                found = F.scaled_dot_product_attention(*tensors, **options, **extra)
+            except RuntimeError:  # torch's refusal
+                continue
+            if "dropout_p" not in options:
+                assert torch.equal(found, TORCH(*tensors, **options, **extra))
+    calls = 1 if reason else 2
+    routed = 0 if reason else 2
+    fallbacks = {reason: 1} if reason else {}
+    assert patch.stats() == {"calls": calls, "routed": routed, "fallbacks": fallbacks}
+    stats = rf.attention_stats(reset=True)
+    assert sum(stats.handovers.values()) == routed
+    assert not stats.calls
+
+
+def test_small_calls_under_autocast_and_in_training():
+    q, k, v = qkv()
+    leaf = q.clone().requires_grad_()
+    with integrations.sdpa(training=True) as patch:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        F.scaled_dot_product_attention(leaf, k, v).sum().backward()
+    other = q.clone().requires_grad_()
+    TORCH(other, k, v).sum().backward()
+    assert torch.equal(leaf.grad, other.grad)
+    assert patch.stats() == {"calls": 2, "routed": 2, "fallbacks": {}}
+
+
 def test_undone_when_an_error_passes():
     with pytest.raises(KeyError), integrations.sdpa():
         raise KeyError

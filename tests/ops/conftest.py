@@ -34,10 +34,13 @@ def threads():
 @pytest.fixture
 def no_small_handover(monkeypatch):
     """The automatic choice without the rule that hands small calls, and slow machines' calls, over to PyTorch."""
+    from rfkernels.ops import _attention_early as early
     from rfkernels.ops import _attention_handover as rule
 
     before = dict(rule.SMALL)
     monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
     rule.SMALL.clear()
+    early.forget()
     yield
     rule.SMALL.update(before)
+    early.forget()

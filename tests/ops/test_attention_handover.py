@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from tolerances import BF16, F16, F32, F64
 
 import rfkernels as rf
 from rfkernels._dispatch import unavailable_reason
+from rfkernels.ops import _attention_early as early
 from rfkernels.ops import _attention_handover as rule
 from rfkernels.ops import _attention_route as route
 
@@ -125,6 +127,7 @@ def test_rows_of_measured_regions(everything_small):
     ):
         rule.SMALL.clear()
         rule.SMALL.update(table)
+        early.forget()
         rf.attention_stats(reset=True)
         q, k, v = qkv()
         out = rf.attention(q, k, v)
@@ -140,9 +143,11 @@ def everything_small():
     before = dict(rule.SMALL)
     rule.SMALL.clear()
     rule.SMALL.update(small(10**9))
+    early.forget()
     yield
     rule.SMALL.clear()
     rule.SMALL.update(before)
+    early.forget()
 
 
 @needs_native
@@ -177,6 +182,11 @@ def test_early_hand_over_changes_nothing(everything_small):
         ((q, k[:, :1], v[:, :1]), {}, ValueError), ((q, k, v), {"scale": "1"}, TypeError),
         ((q, k, v), {"is_causal": 1}, TypeError), ((q, k, v), {"precision": "int4"}, ValueError),
         ((q[0], k[0], v[0]), {}, ValueError), ((q.long(), k.long(), v.long()), {}, TypeError),
+        ((q, k, v), {"precision": ["int8"]}, ValueError), ((q, k, v), {"scale": torch.inf}, ValueError),
+        ((q[..., :0], k[..., :0], v[..., :0]), {}, ValueError),
+        ((q, k, v), {"attn_mask": torch.ones(20, 19) > 0}, ValueError),
+        ((q, k, v), {"attn_mask": torch.ones(20, 20).long()}, TypeError),
+        ((q, k, v), {"attn_mask": torch.ones(20) > 0}, ValueError), ((q, k, v), {"attn_mask": True}, TypeError),
     ):  # fmt: skip
         with pytest.raises(kind, match=r"^attention: "):
             rf.attention(*args, **options)
@@ -186,6 +196,78 @@ def test_early_hand_over_changes_nothing(everything_small):
     assert rf.attention_stats().calls == {("int8", "int8_u8", "native"): 1}
     _, tangent = torch.func.jvp(lambda q: rf.attention(q, k, v), (q,), (q,))
     assert tangent.isfinite().all()
+
+
+@pytest.fixture
+def early_calls(monkeypatch):
+    """What the early path answered, call by call: True where it handed over."""
+    answers = []
+
+    def spy(*args):
+        found = early.early_handover(*args)
+        answers.append(found is not None)
+        return found
+
+    monkeypatch.setattr(sys.modules["rfkernels.ops.attention"], "early_handover", spy)
+    return answers
+
+
+@needs_native
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    reason="torch before 2.10 has no early path",
+)
+def test_the_early_path_takes_plain_calls_and_leaves_the_others(everything_small, early_calls):
+    q, k, v = qkv()
+    masks = [
+        normal(*shape, key=4) < 0.5
+        for shape in ((20, 20), (2, 1, 1, 20), (3, 1, 20), (1, 3, 20, 20))
+    ]
+    plain = [
+        {},
+        {"is_causal": True},
+        {"scale": 0.1},
+        {"precision": "bf16"},
+        *({"attn_mask": m} for m in masks),
+    ]
+    rule.SMALL.update(small(10**9, scheme="bf16"))
+    for _ in range(2):  # decided, then remembered
+        for options in plain:
+            torch_options = {n: o for n, o in options.items() if n != "precision"}
+            same_bits(rf.attention(q, k, v, **options), sdpa(q, k, v, **torch_options))
+    assert early_calls == [True] * 2 * len(plain)
+    assert sum(rf.attention_stats(reset=True).handovers.values()) == 2 * len(plain)
+
+    early_calls.clear()
+    for options in (
+        {"attn_mask": masks[0], "is_causal": True}, {"attn_mask": normal(20, 20)}, {"scale": 1},
+    ):  # fmt: skip
+        rf.attention(q, k, v, **options)
+    rf.attention(q, k, torch.nn.Parameter(v))
+    rf.attention(q.double(), k.double(), v.double())
+    with torch.overrides.BaseTorchFunctionMode():
+        rf.attention(q, k, v)
+    with rf.use_backend("reference"):
+        rf.attention(q, k, v)
+    torch.vmap(lambda q: rf.attention(q, k, v))(q[None])
+    assert early_calls == [False] * 8
+    assert sum(rf.attention_stats().handovers.values()) == 7
+
+
+@needs_native
+def test_decisions_are_bounded_and_follow_the_threads(everything_small, threads):
+    for length in range(1, early._MOST + 20):
+        rf.attention(*(torch.zeros(1, 1, length, 1),) * 3)
+    assert 0 < len(early._decisions) <= early._MOST
+    rule.SMALL.clear()
+    rule.SMALL.update(small(10**9, threads=(2, 2)))
+    early.forget()
+    q, k, v = qkv()
+    for count, wanted in ((1, 0), (2, 1), (1, 1), (2, 2)):
+        threads(count)
+        rf.attention_stats(reset=wanted == 0)
+        rf.attention(q, k, v)
+        assert sum(rf.attention_stats().handovers.values()) == wanted
 
 
 def test_what_no_kernel_serves_goes_to_pytorch_but_a_scheme_without_any_kernel_is_refused(
@@ -272,6 +354,24 @@ def test_counters_are_exact_under_threads_and_read_as_sentences():
     assert f"int8 handed over to PyTorch: 160 calls, since {rule.FLOAT64}" in text
     assert "no calls" in repr(rf.attention_stats())
     assert not rf.attention_stats().calls
+
+
+def test_resets_lose_no_handover():
+    q, k, v = (t.double() for t in qkv(length=3))
+    seen = []
+
+    def work():
+        for _ in range(200):
+            rf.attention(q, k, v)
+
+    pool = [threading.Thread(target=work) for _ in range(3)]
+    for thread in pool:
+        thread.start()
+    while any(thread.is_alive() for thread in pool):
+        seen.append(rf.attention_stats(reset=True).handovers.get(("int8", rule.FLOAT64), 0))
+    seen.append(rf.attention_stats(reset=True).handovers.get(("int8", rule.FLOAT64), 0))
+    assert sum(seen) == 600
+    assert not rf.attention_stats().handovers
 
 
 # Packed sequences ------------------------------------------------------------------------------------------------

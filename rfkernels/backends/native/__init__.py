@@ -26,8 +26,14 @@ def _never(*_: object) -> bool:
     return False
 
 
+def _unusual(*_: object) -> int:
+    """The same for ``handover_key``."""
+    return -1
+
+
 fast_step = _never if _C is None else _C.fast_step
 fast_interpolate = _never if _C is None else _C.fast_interpolate
+handover_key = getattr(_C, "handover_key", _unusual)  # not in a build of before it
 
 
 def unavailable_reason(device_type: str) -> str | None:
