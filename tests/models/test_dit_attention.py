@@ -9,6 +9,12 @@ from rfkernels import models
 OPTIONS = {"sample_shape": (1, 8, 8), "width": 32, "depth": 3, "heads": 2}
 
 
+@pytest.fixture(autouse=True)
+def fresh_counters():
+    """The counters are the process's: whatever ran before has left its calls in them."""
+    rf.attention_stats(reset=True)
+
+
 def inputs():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([0.2, 0.9])
