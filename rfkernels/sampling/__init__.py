@@ -4,6 +4,7 @@ and ``invert``."""
 from rfkernels.sampling.dopri5 import Dopri5
 from rfkernels.sampling.fixed import AB2, RK4, Euler, FixedStepSolver, Heun, Midpoint, Taylor
 from rfkernels.sampling.grids import CustomGrid, Grid, ShiftedGrid, UniformGrid, get_grid
+from rfkernels.sampling.initial_noise import InitialNoise
 from rfkernels.sampling.run import Run, Solution, Solver
 from rfkernels.sampling.sample import SampleInfo, invert, sample
 from rfkernels.sampling.solvers import get_solver
@@ -17,6 +18,7 @@ __all__ = [
     "FixedStepSolver",
     "Grid",
     "Heun",
+    "InitialNoise",
     "Midpoint",
     "Run",
     "SampleInfo",

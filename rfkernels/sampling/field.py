@@ -148,16 +148,34 @@ class Field:
                 cast=cast,
             )
             return self._state(guided)
-        tensors, coefficients = [], []
+        return self.combine(x, 1.0, terms)
+
+    def combine(
+        self,
+        x: Tensor,
+        x_coefficient: float | Tensor,
+        terms: Sequence[Term],
+        tensors: Sequence[tuple[float | Tensor, Tensor]] = (),
+    ) -> State:
+        """x_coefficient x + sum of coefficient * velocity + sum of coefficient * tensor, in one
+        ``linear_step``."""
+        parts: list[tuple[float | Tensor, Tensor]] = []
         for coefficient, (conditional, unconditional) in terms:
-            tensors.append(conditional)
             if unconditional is None:
-                coefficients.append(coefficient)
+                parts.append((coefficient, conditional))
             else:
-                tensors.append(unconditional)
-                coefficients.append(coefficient * self.guidance_scale)
-                coefficients.append(coefficient * (1 - self.guidance_scale))
-        return self._state(linear_step(x, tensors, coefficients, cast=cast))
+                parts.append((coefficient * self.guidance_scale, conditional))
+                parts.append((coefficient * (1 - self.guidance_scale), unconditional))
+        parts.extend(tensors)
+        coefficients = [coefficient for coefficient, _ in parts]
+        moved = linear_step(
+            x,
+            [tensor for _, tensor in parts],
+            coefficients,
+            x_coefficient=x_coefficient,
+            cast=self._cast(),
+        )
+        return self._state(moved)
 
     def taylor(self, x: Tensor, velocity: Evaluation, change: Evaluation, dt: float) -> State:
         """x + dt velocity + dt^2 / 2 change, in one kernel call; ``velocity`` comes from

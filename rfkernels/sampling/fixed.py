@@ -85,17 +85,27 @@ class FixedStepSolver:
 
 @dataclass(frozen=True)
 class Euler(FixedStepSolver):
-    """First order, one evaluation a step; exact in one step when the flow is straight."""
+    """First order, one evaluation a step; exact in one step when the flow is straight.
+
+    Args:
+        original_eps: for comparison with the original rectified-flow code, which evaluates the
+            network at eps + t (1 - eps), eps = 1e-3, and still steps by h: the times span 1 - eps,
+            the displacements 1. 0 evaluates where the state is.
+    """
 
     name: ClassVar[str] = "euler"
+    original_eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.original_eps < 1:
+            raise ValueError(f"Euler: original_eps must lie in [0, 1); got {self.original_eps!r}")
 
     def step(
         self, field: Field, state: State, interval: Interval, history: list[Evaluation]
     ) -> State:
         """x + h v(x, t)."""
-        return field.advance(
-            state.x, [(interval.dt, field(state, field.time(interval.start, state)))]
-        )
+        t = self.original_eps + interval.start * (1 - self.original_eps)
+        return field.advance(state.x, [(interval.dt, field(state, field.time(t, state)))])
 
 
 def _midpoint(field: Field, state: State, interval: Interval, first: Evaluation) -> State:

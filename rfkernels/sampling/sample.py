@@ -81,8 +81,9 @@ def sample(
             solver is adaptive; for an adaptive solver it is the number of reported intervals, 1 by
             default.
         solver: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, ``"ab2"``, ``"taylor"``,
-            ``"dopri5"``, or an object such as ``Taylor(derivative="jvp")`` or
-            ``Dopri5(max_steps=100)``.
+            ``"dopri5"``, ``"rf++"`` (few steps of a reflowed model only), ``"flow-map"`` (a network
+            of average velocities, called with ``span``: :class:`rfkernels.sampling.FlowMap`), or an
+            object such as ``Taylor(derivative="jvp")`` or ``Dopri5(max_steps=100)``.
         grid: None or ``"uniform"``; ``"shifted"`` (shift 3) or a number, the time shift; ascending
             times, which then fix ``steps``, ``t_start`` and ``t_end``; or an object with a
             ``times`` method.

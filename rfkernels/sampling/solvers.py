@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from rfkernels.sampling.dopri5 import Dopri5
 from rfkernels.sampling.fixed import AB2, RK4, Euler, Heun, Midpoint, Taylor
+from rfkernels.sampling.initial_noise import InitialNoise
 from rfkernels.sampling.run import Solver
 
 SOLVERS: dict[str, type] = {
-    cls.name: cls for cls in (Euler, Midpoint, Heun, RK4, AB2, Taylor, Dopri5)
+    cls.name: cls for cls in (Euler, Midpoint, Heun, RK4, AB2, Taylor, Dopri5, InitialNoise)
 }
 
 
