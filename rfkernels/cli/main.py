@@ -17,6 +17,7 @@ import typer
 
 from rfkernels import BackendUnavailableError, __version__
 from rfkernels.cli.bench import bench
+from rfkernels.cli.compare import compare
 from rfkernels.cli.demo import demo
 from rfkernels.cli.distill import distill
 from rfkernels.cli.doctor import doctor
@@ -25,6 +26,7 @@ from rfkernels.cli.reflow import reflow
 from rfkernels.cli.sample import sample
 from rfkernels.cli.train import train
 from rfkernels.training import TrainingDivergedError
+from rfkernels.training.processes import leave_processes
 
 __all__ = ["app", "main"]
 
@@ -83,6 +85,7 @@ for _name, _function in (
     ("distill", distill),
     ("sample", sample),
     ("eval", evaluate),
+    ("compare", compare),
     ("bench", bench),
     ("doctor", doctor),
 ):
@@ -134,4 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(arguments, error)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    finally:
+        leave_processes()
     return code if isinstance(code, int) else 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from rfkernels.training.processes import join_processes
 from rfkernels.training.run_folder import read_config
 
 __all__ = [
@@ -73,13 +74,14 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
+    """The device of that name, or the best there is; under torchrun, this process's, and it joins
+    the others.
 
     Raises:
         ValueError: unknown, or not there.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return join_processes("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -89,7 +91,7 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {name} cannot be used here ({reason})") from None
-    return device
+    return join_processes(device)
 
 
 def begun(folder: Path, kind: str, *, resume: bool) -> dict[str, Any] | None:

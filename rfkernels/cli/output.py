@@ -26,7 +26,8 @@ __all__ = [
     "write_json",
 ]
 
-console = Console(highlight=False)
+# Of the processes that torchrun starts, the first one speaks.
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def check_file(option: str, file: Path, suffixes: Sequence[str], *, force: bool) -> None:

@@ -90,6 +90,9 @@ class TrainConfig:
         sample_steps: Euler steps of these.
         tensorboard: also write TensorBoard events to the run folder; None: when tensorboard is
             installed.
+        parallel: how several processes (torchrun, accelerate) share the network: "ddp", each has it
+            whole; "fsdp", each has a shard of weights, gradients and optimizer state. batch_size
+            counts the samples of all of them.
         num_threads: torch.set_num_threads for the run; None leaves it. Weights are reproducible bit
             for bit at the same thread count.
     """
@@ -124,6 +127,7 @@ class TrainConfig:
     sample_every: int = 0
     sample_steps: int = 20
     tensorboard: bool | None = None
+    parallel: str = "ddp"
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -223,6 +227,7 @@ class TrainConfig:
             ("loss", LOSSES),
             ("coupling", ("independent", "ot", "ot-global", "given")),
             ("optimizer", ("adamw", "adamp", "sgdp")),
+            ("parallel", ("ddp", "fsdp")),
             ("autocast", (None, "bfloat16")),
             ("conditional", (None, True, False)),
         ):

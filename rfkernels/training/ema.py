@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from rfkernels.training.parallel import local
+
 __all__ = ["EMA"]
 
 
@@ -20,9 +22,10 @@ class EMA:
     def __init__(self, source: nn.Module, decay: float) -> None:
         self.source, self.decay = source, decay
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
+        """Looks the tensors up again, after both networks have been sharded."""
         targets = dict(self.model.named_parameters())
         pairs = [(targets[name], p) for name, p in self.source.named_parameters()]
         self._averaged = [e for e, w in pairs if w.is_floating_point() or w.is_complex()]
@@ -34,6 +37,6 @@ class EMA:
     def update(self, n: int) -> None:
         """Moves the average towards the source's weights; n counts the updates before this one."""
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(self._averaged, self._weights, 1.0 - decay)
+        torch._foreach_lerp_(local(self._averaged), local(self._weights), 1.0 - decay)
         for kept, buffer in self._buffers:
             kept.copy_(buffer)

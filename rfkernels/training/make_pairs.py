@@ -25,6 +25,7 @@ from rfkernels.training.pairs import (
     shard_file,
     shard_rows,
 )
+from rfkernels.training.processes import barrier, on_first, processes
 from rfkernels.training.progress import Bar
 from rfkernels.training.trainer import device_of
 
@@ -62,6 +63,7 @@ def make_pairs(
 
     The noise of pair i is randn(*shape, seed=seed, offset=i): it is drawn again when the pairs are
     read. The disk needed is said, and checked against what is free, before anything is computed.
+    Processes of torch.distributed share the shards; the pairs are the same for any number of them.
 
     Args:
         velocity: the teacher, velocity(x, t, **condition); a network is used in evaluation mode.
@@ -107,24 +109,19 @@ def make_pairs(
         "condition_sha256": tensors_sha256(conditions) if conditions else None,
         "shard_size": batch * max(1, math.ceil(count / batch / _MAX_SHARDS)),
     }
-    if (folder / "manifest.json").exists():
-        _check_same(folder, manifest, resume)
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
-        raise FileExistsError(
-            f"pairs: {folder} is not empty and holds no pairs; give another folder"
-        )
-    device = torch.device(device)
-    with Bar("pairs", count, show=progress) as bar, _evaluating(velocity), torch.no_grad():
+    on_first(lambda: _check_folder(folder, manifest, resume))
+    device, here = torch.device(device), processes()
+    with (
+        Bar("pairs", count, show=progress and here.rank == 0) as bar,
+        _evaluating(velocity),
+        torch.no_grad(),
+    ):
         todo = _unfinished(folder, manifest, bar)
         if todo:
             # Arguments that cannot work are refused before anything is written.
             _solve(velocity, manifest, torch.zeros(1, dtype=torch.int64), conditions, device)
-            pairs_to_do = sum(len(shard_rows(manifest, n)) for n in todo)
-            _say_space(folder, shape, conditions, pairs_to_do, bar)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "manifest.json").exists():
-                write_json(folder / "manifest.json", manifest)
-        for done, number in enumerate(todo):
+            on_first(lambda: _begin(folder, manifest, conditions, todo, bar))
+        for done, number in enumerate(todo[here.rank :: here.count]):
             try:
                 _make_shard(velocity, folder, manifest, number, conditions, batch, device, bar)
             except KeyboardInterrupt:
@@ -133,6 +130,7 @@ def make_pairs(
                     f"make_pairs: stopped; {whole - len(todo) + done} of {whole} shards are "
                     f"finished in {folder}; go on with resume=True"
                 ) from None
+    barrier()
     return PairStore(folder)
 
 
@@ -166,6 +164,31 @@ def _conditions(
                 f"condition: {name} must have {count} rows; got the shape {tuple(value.shape)}"
             )
     return {name: value.detach().cpu() for name, value in found.items()}
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
+    """Refuses a folder that holds other pairs, or something else."""
+    if (folder / "manifest.json").exists():
+        _check_same(folder, manifest, resume)
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise FileExistsError(
+            f"pairs: {folder} is not empty and holds no pairs; give another folder"
+        )
+
+
+def _begin(
+    folder: Path,
+    manifest: dict[str, Any],
+    conditions: dict[str, torch.Tensor],
+    todo: list[int],
+    bar: Bar,
+) -> None:
+    """Checks the space, and writes the manifest of a new store."""
+    pairs_to_do = sum(len(shard_rows(manifest, n)) for n in todo)
+    _say_space(folder, tuple(manifest["shape"]), conditions, pairs_to_do, bar)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "manifest.json").exists():
+        write_json(folder / "manifest.json", manifest)
 
 
 def _check_same(folder: Path, manifest: dict[str, Any], resume: bool) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rfkernels.training.config import TrainConfig
+from rfkernels.training.parallel import put
 
 __all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors"]
 
@@ -47,10 +49,12 @@ def load_optimizer(
         state.setdefault(name, {})[entry] = value
     for name, parameter in model.named_parameters():
         for entry, value in state.get(name, {}).items():
-            # Fresh memory of torch's own: a tensor that lies in a mapped file has another
-            # alignment.
-            kept = torch.empty_like(
-                value,
-                device="cpu" if entry == "step" and not parameter.is_cuda else parameter.device,
-            )
-            optimizer.state[parameter][entry] = kept.copy_(value)
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                kept = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            else:
+                # Fresh memory of torch's own: a tensor that lies in a mapped file has another
+                # alignment.
+                on_cpu = entry == "step" and not parameter.is_cuda
+                kept = torch.empty_like(value, device="cpu" if on_cpu else parameter.device)
+            put(kept, value)
+            optimizer.state[parameter][entry] = kept

@@ -15,6 +15,7 @@ from rfkernels.training.config import DistillConfig, ReflowConfig
 from rfkernels.training.make_pairs import make_pairs, model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
+from rfkernels.training.processes import processes
 from rfkernels.training.recipes.rectified_flow import FlowObjective
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
@@ -140,6 +141,8 @@ def teacher_pairs(
     progress: bool,
 ) -> PairStore:
     """The teacher's pairs in the run's folder, or in a temporary one that `stack` removes."""
+    if run is None and processes().count > 1:
+        raise ValueError("run: several processes need a run folder to share pairs in; got None")
     if run is None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rfkernels-pairs-")))
     else:

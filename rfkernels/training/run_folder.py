@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rfkernels.training.files import read_json, write_json
+from rfkernels.training.processes import agreed, on_first
 
 try:
     import fcntl
@@ -27,6 +28,7 @@ FREE = frozenset(
         "keep_checkpoints",
         "log_every",
         "num_threads",
+        "parallel",
         "sample_every",
         "sample_steps",
         "tensorboard",
@@ -72,6 +74,8 @@ class RunFolder:
     def __init__(self, folder: str | Path, description: Mapping[str, Any], *, resume: bool) -> None:
         """Opens the folder for a run that is described by `description` (JSON values).
 
+        Of several processes that train together, the first one writes it and holds the lock.
+
         Raises:
             FileExistsError: it holds a run already and `resume` is false, or holds something else.
             ValueError: `resume`, and the run in it is described differently.
@@ -83,6 +87,12 @@ class RunFolder:
         self.pairs = self.path / "pairs"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
+        self._lock: int | None = None
+        self.resumed = False
+        on_first(lambda: self._open(description, resume))
+        self.resumed = bool(agreed(int(self.resumed)))
+
+    def _open(self, description: Mapping[str, Any], resume: bool) -> None:
         # As JSON gives it back (tuples become lists), so that it compares with what is on the disk.
         described = json.loads(json.dumps({"format": FORMAT, **description}))
         self.resumed = self._check(described, resume)

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rfkernels.ops.random import derive_seed
 from rfkernels.training import checkpoint as checkpoints
@@ -22,6 +24,8 @@ from rfkernels.training.interrupt import InterruptGuard
 from rfkernels.training.metrics_log import MetricsLog, tensorboard_wanted
 from rfkernels.training.objective import Batch, Objective
 from rfkernels.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from rfkernels.training.parallel import broadcast, local, make_parallel, put, shard, whole
+from rfkernels.training.processes import agreed, on_first, processes
 from rfkernels.training.progress import Bar
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.schedule import learning_rate
@@ -30,6 +34,8 @@ __all__ = ["RunResult", "Trainer", "TrainingDivergedError"]
 
 
 _log = logging.getLogger("rfkernels")
+
+_AGREE_EVERY = 10  # steps between questions whether some process was interrupted
 
 
 class TrainingDivergedError(RuntimeError):
@@ -72,7 +78,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @dataclass
 class Trainer:
-    """Trains `model` on `objective`.
+    """Trains `model` on `objective`, alone or with the other processes of torch.distributed.
 
     Attributes:
         name: the public function, for messages.
@@ -91,7 +97,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.device = device_of(self.model)
-        self._dropout_seed = derive_seed(self.config.seed, "dropout")
+        self._here = processes()
+        _check_processes(self.config, self._here.count)
+        # One process's dropout says nothing of another's samples.
+        purpose = f"dropout {self._here.rank}" if self._here.rank else "dropout"
+        self._dropout_seed = derive_seed(self.config.seed, purpose)
         self._loss_sum = torch.zeros((), device=self.device)
         self._seen = 0.0  # seconds of training before this call
 
@@ -115,22 +125,34 @@ class Trainer:
             stack.enter_context(
                 torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
             )
+            broadcast(self.model)
+            self._ema = EMA(self.model, config.ema_decay)
+            if self._here.count > 1 and config.parallel == "fsdp":
+                shard(self.model)
+                shard(self._ema.model)
+            self._ema.bind()
+            self.objective.attach(self._ema.model)
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = make_optimizer(self._parameters, config)
-            self._ema = EMA(self.model, config.ema_decay)
-            self.objective.attach(self._ema.model)
             restored = self._restore()
+            self._together = make_parallel(self.model, self.objective, config.parallel)
             step = restored or 0
+            writes = self.run is not None and self._here.rank == 0
             board = None
-            if self.run is not None and tensorboard_wanted(config.tensorboard):
+            if writes and tensorboard_wanted(config.tensorboard):
                 board = self.run.path / "tensorboard"
             self._metrics = MetricsLog(
-                None if self.run is None else self.run.metrics, resume_at=step, tensorboard=board
+                self.run.metrics if writes else None, resume_at=step, tensorboard=board
             )
             stack.callback(self._metrics.close)
             self._held = self.objective.held_out()
             self._bar = stack.enter_context(
-                Bar(self.name, config.steps, start=step, show=self.progress)
+                Bar(
+                    self.name,
+                    config.steps,
+                    start=step,
+                    show=self.progress and self._here.rank == 0,
+                )
             )
             guard = stack.enter_context(InterruptGuard())
             if restored is None and self.run is not None:
@@ -148,12 +170,12 @@ class Trainer:
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 self._log(step)
-            stop = guard.requested
+            stop = self._stop_requested(guard, step)
             if self.run is not None and (step % config.checkpoint_every == 0 or last or stop):
                 self._refuse_divergence(step)
                 self._save(step)
             if self.picture is not None and config.sample_every and step % config.sample_every == 0:
-                self.picture(self._ema.model, step)
+                on_first(partial(self.picture, self._ema.model, step))
             self._bar.advance()
             if stop:
                 self._stop(step)
@@ -167,11 +189,12 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         batch = self.objective.batch(step)
-        for part in _parts(batch, config.accumulate):
-            loss = self.objective.loss(self.model, part)
-            if config.accumulate > 1:
-                loss = loss / config.accumulate
-            loss.backward()
+        for index, part in enumerate(_parts(batch, config.accumulate)):
+            with self._together.micro_batch(last=index == config.accumulate - 1):
+                loss = self._together.loss(part)
+                if config.accumulate > 1:
+                    loss = loss / config.accumulate
+                loss.backward()
             self._loss_sum += loss.detach()
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
@@ -181,7 +204,7 @@ class Trainer:
         self._loss_count += 1
 
     def _log(self, step: int) -> None:
-        loss = self._loss_sum.item() / max(self._loss_count, 1)
+        loss = self._together.mean(self._loss_sum).item() / max(self._loss_count, 1)
         if not math.isfinite(loss):
             self._diverged(step)
         self._loss_sum.zero_()
@@ -215,8 +238,9 @@ class Trainer:
 
     def _refuse_divergence(self, step: int) -> None:
         """A checkpoint of weights that are not finite would in time replace the good ones."""
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(self._parameters)])
-        if not math.isfinite((norms.sum() + self._loss_sum).item()):
+        norms = torch._foreach_norm(local(p.detach() for p in self._parameters))
+        total = torch.stack([norm.float() for norm in norms]).sum() + self._loss_sum
+        if not math.isfinite(self._together.mean(total).item()):
             self._diverged(step)
 
     def _diverged(self, step: int) -> None:
@@ -232,21 +256,21 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         parts = {
-            "model": self.model.state_dict(),
-            "ema": self._ema.model.state_dict(),
-            "optimizer": optimizer_tensors(self.model, self._optimizer),
+            "model": whole(self.model.state_dict()),
+            "ema": whole(self._ema.model.state_dict()),
+            "optimizer": whole(optimizer_tensors(self.model, self._optimizer)),
         }
         state = {
-            "loss_sum": self._loss_sum.item(),
+            "loss_sum": self._together.mean(self._loss_sum).item(),
             "loss_count": self._loss_count,
             "seconds": 0.0 if step == 0 else self._seconds(),
             "num_threads": torch.get_num_threads(),
+            "processes": self._here.count,
             "torch": torch.__version__,
         }
+        keep = self.config.keep_checkpoints
         try:
-            checkpoints.save(
-                self.run.checkpoints, step, parts, state, keep=self.config.keep_checkpoints
-            )
+            on_first(lambda: checkpoints.save(self.run.checkpoints, step, parts, state, keep=keep))
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -258,15 +282,15 @@ class Trainer:
         """Loads the newest whole checkpoint of the run; returns its step, None without one."""
         if self.run is None or not self.run.resumed:
             return None
-        checkpoints.clear_leftovers(self.run.checkpoints)
+        on_first(lambda: checkpoints.clear_leftovers(self.run.checkpoints))
         found = checkpoints.latest(self.run.checkpoints)
         if found is None:
             return None
         try:
-            self.model.load_state_dict(found.tensors("model"))
-        except RuntimeError as error:
+            _load(self.model, found.tensors("model"))
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"model: is not the network of {self.run.path}: {error}") from error
-        self._ema.model.load_state_dict(found.tensors("ema"))
+        _load(self._ema.model, found.tensors("ema"))
         load_optimizer(self.model, self._optimizer, found.tensors("optimizer"))
         self._loss_sum.fill_(found.state["loss_sum"])
         self._loss_count = found.state["loss_count"]
@@ -274,7 +298,21 @@ class Trainer:
         before, now = found.state["num_threads"], torch.get_num_threads()
         if before != now:
             _log.info("%s: resumed on %d threads after %d; bits may differ", self.name, now, before)
+        before = found.state.get("processes", 1)
+        if before != self._here.count:
+            _log.info(
+                "%s: resumed by %d processes after %d; bits may differ",
+                self.name,
+                self._here.count,
+                before,
+            )
         return found.step
+
+    def _stop_requested(self, guard: InterruptGuard, step: int) -> bool:
+        """Whether to stop after this step; several processes must stop at the same one."""
+        if self._here.count == 1:
+            return guard.requested
+        return step % _AGREE_EVERY == 0 and bool(agreed(int(guard.requested)))
 
     def _stop(self, step: int) -> None:
         if self.run is None:
@@ -285,6 +323,30 @@ class Trainer:
             f"{self.name}: stopped after step {step} and saved; go on with resume=True "
             f"(--resume) and the same options on {self.run.path}"
         )
+
+
+def _check_processes(config: TrainConfig, count: int) -> None:
+    if count > 1 and config.batch_size % (count * config.accumulate):
+        raise ValueError(
+            f"batch_size: must be a multiple of processes * accumulate, {count} * "
+            f"{config.accumulate}; got {config.batch_size}"
+        )
+    if count > 1 and config.parallel == "fsdp" and config.sample_every:
+        raise ValueError(
+            'sample_every: a network in shards (parallel="fsdp") draws no pictures while it '
+            f"trains; got {config.sample_every}"
+        )
+
+
+def _load(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """load_state_dict, also into a sharded network."""
+    own = model.state_dict()
+    sharded = any(isinstance(tensor, DTensor) for tensor in own.values())
+    if not sharded or own.keys() != tensors.keys():
+        model.load_state_dict(tensors)  # says what is missing or unexpected
+        return
+    for name, tensor in own.items():
+        put(tensor, tensors[name])
 
 
 def _parts(batch: Batch, count: int) -> list[Batch]:
