@@ -6,10 +6,25 @@ y that stands for "no condition"; `y=None` means the same. Any other `torch.nn.M
 shape works as well.
 """
 
+from rfkernels.models.denoisers import DenoiserVelocity, EDMVelocity, VEVelocity, VPVelocity
 from rfkernels.models.diffusers_unet import DiffusersUNet
 from rfkernels.models.dit import DiT
 from rfkernels.models.mlp import MLPVelocity
 from rfkernels.models.registry import available, build, describe
+from rfkernels.models.time_scaled import TimeScaled
 from rfkernels.models.unet import UNet
 
-__all__ = ["DiT", "DiffusersUNet", "MLPVelocity", "UNet", "available", "build", "describe"]
+__all__ = [
+    "DenoiserVelocity",
+    "DiT",
+    "DiffusersUNet",
+    "EDMVelocity",
+    "MLPVelocity",
+    "TimeScaled",
+    "UNet",
+    "VEVelocity",
+    "VPVelocity",
+    "available",
+    "build",
+    "describe",
+]

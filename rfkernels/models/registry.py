@@ -4,14 +4,23 @@ config.json)."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from rfkernels.models.denoisers import (
+    DenoiserVelocity,
+    EDMVelocity,
+    NetworkWrapper,
+    VEVelocity,
+    VPVelocity,
+)
 from rfkernels.models.diffusers_unet import DiffusersUNet
 from rfkernels.models.dit import DiT
 from rfkernels.models.mlp import MLPVelocity
+from rfkernels.models.time_scaled import TimeScaled
 from rfkernels.models.unet import UNet
 
 __all__ = ["available", "build", "describe"]
@@ -22,29 +31,41 @@ _MODELS: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "diffusers-unet": DiffusersUNet,
 }
+# Networks around another network, which is the option `network`: a module, or its description.
+_WRAPPERS: dict[str, type[NetworkWrapper]] = {
+    "denoiser-velocity": DenoiserVelocity,
+    "edm-velocity": EDMVelocity,
+    "time-scaled": TimeScaled,
+    "ve-velocity": VEVelocity,
+    "vp-velocity": VPVelocity,
+}
 
 
 def available() -> tuple[str, ...]:
     """The names that `build` knows."""
-    return tuple(_MODELS)
+    return (*_MODELS, *_WRAPPERS)
 
 
 def build(name: str, *, seed: int | None = None, **options: Any) -> nn.Module:
-    """A new network by name: "mlp", "dit", "unet" or "diffusers-unet".
+    """A new network by name: "mlp", "dit", "unet", "diffusers-unet", or a wrapper of another
+    network such as "edm-velocity".
 
     Args:
         name: which network.
         seed: the initial weights become a function of this seed and the caller's random state stays
             as it was; None draws them from torch's global generator.
         options: keyword arguments of the class, e.g. sample_shape=(1, 8, 8), width=384,
-            num_classes=10.
+            num_classes=10; `network` of a wrapper may be what `describe` says of it.
 
     Raises:
         ValueError: unknown name, or an option that the network does not have.
     """
-    if name not in _MODELS:
-        raise ValueError(f"name: must be one of {', '.join(_MODELS)}; got {name!r}")
-    cls = _MODELS[name]
+    if name not in available():
+        raise ValueError(f"name: must be one of {', '.join(available())}; got {name!r}")
+    cls = _MODELS.get(name) or _WRAPPERS[name]
+    inner = options.get("network")
+    if name in _WRAPPERS and isinstance(inner, Mapping):
+        options["network"] = build(inner["name"], seed=seed, **inner["options"])
     parameters = inspect.signature(cls).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         unknown = sorted(options.keys() - parameters.keys())
@@ -81,4 +102,9 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     for name, cls in _MODELS.items():
         if type(model) is cls:
             return {"name": name, "options": dict(model.options)}
+    for name, cls in _WRAPPERS.items():
+        if type(model) is cls:
+            network = describe(model.network)
+            options = {"network": network, **model.options}
+            return None if network is None else {"name": name, "options": options}
     return None
