@@ -10,6 +10,7 @@ from rfkernels.models.denoisers import DenoiserVelocity, EDMVelocity, VEVelocity
 from rfkernels.models.diffusers_unet import DiffusersUNet
 from rfkernels.models.dit import DiT
 from rfkernels.models.mlp import MLPVelocity
+from rfkernels.models.noise_prediction import NoisePrediction
 from rfkernels.models.registry import available, build, describe
 from rfkernels.models.time_scaled import TimeScaled
 from rfkernels.models.unet import UNet
@@ -20,6 +21,7 @@ __all__ = [
     "DiffusersUNet",
     "EDMVelocity",
     "MLPVelocity",
+    "NoisePrediction",
     "TimeScaled",
     "UNet",
     "VEVelocity",
