@@ -23,9 +23,16 @@ from rfkernels.data.digits import digits, mnist
 from rfkernels.data.emoji import emoji, find_emoji_font
 from rfkernels.data.emoji_classes import EMOJI_CLASSES
 from rfkernels.data.files import load_arrays
+from rfkernels.data.huggingface import (
+    HuggingFaceData,
+    HuggingFaceStream,
+    from_huggingface,
+    load_huggingface,
+)
 from rfkernels.data.images import ImageFolder, load_image_folder
 from rfkernels.data.load import DATASETS, load_dataset
 from rfkernels.data.order import block_order
+from rfkernels.data.prefetch import Prefetch
 from rfkernels.data.shards import TarShards
 from rfkernels.data.toys import ToyStream, toy
 
@@ -34,8 +41,11 @@ __all__ = [
     "EMOJI_CLASSES",
     "Data",
     "Dataset",
+    "HuggingFaceData",
+    "HuggingFaceStream",
     "ImageFolder",
     "OrderedData",
+    "Prefetch",
     "Rows",
     "Subset",
     "TarShards",
@@ -48,8 +58,10 @@ __all__ = [
     "emoji",
     "epoch_order",
     "find_emoji_font",
+    "from_huggingface",
     "load_arrays",
     "load_dataset",
+    "load_huggingface",
     "load_image_folder",
     "mnist",
     "part_order",

@@ -79,7 +79,8 @@ class _Drawer:
             raise ValueError(f"font: {file} draws no colour bitmaps of {_STRIKE} pixels")
         # What a glyph that the font lacks looks like: no font has one for a noncharacter, and no
         # country is called ZZ.
-        self._missing = self.draw("\U0001fffe").tobytes()
+        missing = self.draw("\U0001fffe")
+        self._missing = missing.tobytes() if missing.getbbox() else None
         self._missing_flag = self.draw("\U0001f1ff" * 2).tobytes()
         self._advance = self._font.getlength("\N{GRINNING FACE}")
 
@@ -91,7 +92,9 @@ class _Drawer:
     def has(self, text: str) -> bool:
         """Whether the text draws something other than nothing and the missing glyph."""
         _, top, _, bottom = self._font.getbbox(text)
-        return top < bottom and self.draw(text).tobytes() != self._missing
+        if top >= bottom:
+            return False
+        return self._missing is None or self.draw(text).tobytes() != self._missing
 
     def has_sequence(self, text: str) -> bool:
         """Whether several code points draw one glyph, other than the flag of an unknown country."""

@@ -62,7 +62,8 @@ class _Columns:
         features = data.features
         if features is None:
             raise ValueError(
-                "data: must know its features; give them, or call _resolve_features() of the stream"
+                "data: must know its features, which map() drops from a stream unless it is told "
+                "features=...; got none"
             )
         images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
         if x is None and len(images) != 1:
@@ -238,7 +239,7 @@ class HuggingFaceStream:
         if block not in self._blocks:
             data, count = self._columns.data, min(self.block, self.size - block * self.block)
             data.load_state_dict(self._states[block])
-            examples = [example for example, _ in zip(data, range(count), strict=False)]
+            examples = [example for _, example in zip(range(count), data, strict=False)]
             if len(examples) != count or _digest(examples[0]) != self._firsts[block]:
                 raise ValueError(
                     f"{self.name}: row {block * self.block}: the stream gives other samples than when "

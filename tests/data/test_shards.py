@@ -11,13 +11,12 @@ import torch
 
 from rfkernels.data import TarShards, caption_vectors, load_dataset, part_order
 
-pytest.importorskip("PIL")
-from PIL import Image
+image = pytest.importorskip("PIL.Image")
 
 
 def png(grey, side=4):
     stream = io.BytesIO()
-    Image.new("L", (side, side), grey).save(stream, "png")
+    image.new("L", (side, side), grey).save(stream, "png")
     return stream.getvalue()
 
 
