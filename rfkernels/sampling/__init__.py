@@ -3,6 +3,7 @@ and ``invert``."""
 
 from rfkernels.sampling.dopri5 import Dopri5
 from rfkernels.sampling.fixed import AB2, RK4, Euler, FixedStepSolver, Heun, Midpoint, Taylor
+from rfkernels.sampling.flow_map import FlowMap
 from rfkernels.sampling.grids import CustomGrid, Grid, ShiftedGrid, UniformGrid, get_grid
 from rfkernels.sampling.initial_noise import InitialNoise
 from rfkernels.sampling.run import Run, Solution, Solver
@@ -16,6 +17,7 @@ __all__ = [
     "Dopri5",
     "Euler",
     "FixedStepSolver",
+    "FlowMap",
     "Grid",
     "Heun",
     "InitialNoise",

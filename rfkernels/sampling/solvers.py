@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from rfkernels.sampling.dopri5 import Dopri5
 from rfkernels.sampling.fixed import AB2, RK4, Euler, Heun, Midpoint, Taylor
+from rfkernels.sampling.flow_map import FlowMap
 from rfkernels.sampling.initial_noise import InitialNoise
 from rfkernels.sampling.run import Solver
 
 SOLVERS: dict[str, type] = {
-    cls.name: cls for cls in (Euler, Midpoint, Heun, RK4, AB2, Taylor, Dopri5, InitialNoise)
+    cls.name: cls
+    for cls in (Euler, Midpoint, Heun, RK4, AB2, Taylor, Dopri5, InitialNoise, FlowMap)
 }
 
 
