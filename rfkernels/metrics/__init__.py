@@ -6,6 +6,7 @@ from rfkernels.metrics.distances import energy_distance, sliced_wasserstein
 from rfkernels.metrics.drawer import Drawer
 from rfkernels.metrics.evaluate import Evaluation, EvaluationRow, evaluate
 from rfkernels.metrics.features import FeatureNetwork, extract, load_features, train_classifier
+from rfkernels.metrics.first_order import FirstOrderDefect, first_order_defect
 from rfkernels.metrics.frechet import GaussianStatistics, frechet_distance, gaussian_statistics
 from rfkernels.metrics.kernel import KernelDistance, kernel_distance
 from rfkernels.metrics.manifold import (
@@ -33,6 +34,7 @@ __all__ = [
     "Evaluation",
     "EvaluationRow",
     "FeatureNetwork",
+    "FirstOrderDefect",
     "GaussianStatistics",
     "KernelDistance",
     "Memorisation",
@@ -46,6 +48,7 @@ __all__ = [
     "energy_distance",
     "evaluate",
     "extract",
+    "first_order_defect",
     "frechet_distance",
     "gaussian_statistics",
     "kernel_distance",

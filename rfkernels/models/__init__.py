@@ -14,6 +14,7 @@ from rfkernels.models.noise_prediction import NoisePrediction
 from rfkernels.models.registry import available, build, describe
 from rfkernels.models.time_scaled import TimeScaled
 from rfkernels.models.unet import UNet
+from rfkernels.models.windowed_prediction import WindowedNoisePrediction
 
 __all__ = [
     "DenoiserVelocity",
@@ -26,6 +27,7 @@ __all__ = [
     "UNet",
     "VEVelocity",
     "VPVelocity",
+    "WindowedNoisePrediction",
     "available",
     "build",
     "describe",

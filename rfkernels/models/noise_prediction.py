@@ -134,6 +134,17 @@ class NoisePrediction(nn.Module):
             for keep, gain in (of_x1, of_x0)
         )
 
+    def ddim_step(self, x_a: Tensor, a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
+        """The state at indices b (B,) of the path through x_a at indices a with constant noise.
+
+        (alpha_b / alpha_a) x_a + alpha_b (sigma_b / alpha_b - sigma_a / alpha_a) noise: the DDIM
+        step, exact for every b where the flow is first-order (Wang et al. 2024).
+        """
+        ratio_a, ratio_b = self.schedule.noise_ratio_at(a), self.schedule.noise_ratio_at(b)
+        alpha_a, alpha_b = (self.schedule.alpha_of_noise_ratio(r) for r in (ratio_a, ratio_b))
+        gain = alpha_b * (ratio_b - ratio_a)
+        return linear_step(x_a, (noise,), (gain,), x_coefficient=alpha_b / alpha_a)
+
     def _estimators(
         self, alpha: Tensor, sigma: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
