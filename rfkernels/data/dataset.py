@@ -147,7 +147,7 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Some rows of a sized data set that is not in memory: sample i is sample index[i] of `data`.
+    """Some rows of a sized data set: sample i is sample index[i] of `data`.
 
     Attributes:
         data: the whole.
@@ -178,7 +178,18 @@ class Subset:
         return getattr(self.data, "num_classes", None)
 
     def rows(self, index: torch.Tensor) -> Rows:
-        return self.data.rows(self.index[index])
+        return self.data.rows(self._whole(index))
+
+    def order(self, rows: torch.Tensor, *, seed: int, epoch: int) -> torch.Tensor:
+        """`rows` of this part in the order that suits the whole; see `part_order`."""
+        order = part_order(self.data, self.index[rows], seed=seed, epoch=epoch)
+        size, by_row = self.data.size or 0, torch.argsort(self.index)
+        place = torch.searchsorted(self.index[by_row], order % size)
+        return by_row[place] + self.size * (order // size)
+
+    def _whole(self, index: torch.Tensor) -> torch.Tensor:
+        """Indices of the whole; a variant stays one."""
+        return self.index[index % self.size] + (self.data.size or 0) * (index // self.size)
 
 
 def as_dataset(data: Data | torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Data:

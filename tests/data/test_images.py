@@ -125,6 +125,19 @@ def test_split_of_a_set_that_is_not_in_memory(folder):
         split(load_dataset("ring"), 0.1)
 
 
+def test_a_subset_has_the_order_of_its_whole(folder):
+    data = load_image_folder(folder, mirror=True, **OPTIONS)
+    part = Subset(data, torch.tensor([9, 2, 5, 11]))
+    rows = torch.tensor([0, 1, 3])
+    order = part_order(part, rows, seed=4, epoch=2)
+    whole = data.order(part.index[rows], seed=4, epoch=2)
+    assert torch.equal((order % 4).sort().values, rows)
+    assert torch.equal(part.rows(order).x, data.rows(whole).x)
+    seen = torch.cat([part_order(part, rows, seed=4, epoch=e) for e in range(9)])
+    assert (seen >= 4).any()
+    assert (seen < 4).any()
+
+
 def test_part_order_without_an_order_of_its_own():
     data, rows = Dataset(torch.zeros(6, 2)), torch.tensor([1, 3, 4])
     orders = {tuple(part_order(data, rows, seed=0, epoch=e).tolist()) for e in range(20)}
