@@ -3,6 +3,7 @@ read by its offset, whatever was read before."""
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,16 +31,23 @@ from rfkernels.data.shard_index import ShardIndex, index_shards, read_shard
 
 __all__ = ["TarShards", "find_shards"]
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _OPEN_INDICES = 64  # indices of shards in memory: some 150 bytes per sample and field
 
 
 def find_shards(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The shards of a folder (its *.tar), of one file, of a pattern ("data/train-*.tar") or a list,
-    sorted by name unless listed.
+    """The shards of a folder (its *.tar), of one file, of a pattern ("data/train-*.tar", sorted by
+    name), of a range ("data/train-{000..146}.tar", all of which must be there) or a list.
 
     Raises:
         FileNotFoundError: none. ValueError: a compressed one.
     """
+    span = _RANGE.search(str(source)) if isinstance(source, (str, Path)) else None
+    if span:
+        first, last = span[1], span[2]
+        head, tail = str(source)[: span.start()], str(source)[span.end() :]
+        numbers = range(int(first), int(last) + 1)
+        source = [f"{head}{number:0{len(first)}d}{tail}" for number in numbers]
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir():

@@ -311,6 +311,9 @@ def test_duplicates_and_gaps_are_errors(tmp_path):
 def test_sources(shards, tmp_path):
     assert TarShards(str(shards / "part-[02].tar"), **OPTIONS).size == 12
     assert TarShards([shards / "part-4.tar", shards / "part-0.tar"], **OPTIONS).size == 11
+    assert TarShards(f"{shards}/part-{{1..3}}.tar", **OPTIONS).size == 8
+    with pytest.raises(FileNotFoundError, match=r"part-5\.tar: no such file"):
+        TarShards(f"{shards}/part-{{3..5}}.tar", **OPTIONS)
     assert load_dataset(shards, **OPTIONS).size == 19
     assert load_dataset(str(shards / "part-*.tar"), **OPTIONS).size == 19
     (tmp_path / "z").mkdir()
