@@ -9,6 +9,7 @@ data. All randomness is a function of the seed and of the step or sample it serv
 from rfkernels.training.config import DistillConfig, OwnObject, ReflowConfig, TrainConfig
 from rfkernels.training.config_json import from_dict, to_dict
 from rfkernels.training.distill import distill
+from rfkernels.training.invert_data import invert_data
 from rfkernels.training.load import LoadedRun, load
 from rfkernels.training.make_pairs import make_pairs, model_hash
 from rfkernels.training.metrics_log import read_metrics
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingDivergedError",
     "distill",
     "from_dict",
+    "invert_data",
     "load",
     "make_pairs",
     "model_hash",

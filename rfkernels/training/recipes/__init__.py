@@ -7,12 +7,14 @@ one.
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
 from rfkernels.training.recipes.recipe import PairRecipe, Recipe
 from rfkernels.training.recipes.rectified_flow import DistillObjective, FlowObjective
+from rfkernels.training.recipes.rf_plus_plus import RectifiedFlowPlusPlus
 from rfkernels.training.recipes.slimflow import SlimFlowDistill, SlimFlowReflow
 
 RECIPES: dict[str, type[Recipe]] = {
     cls.name: cls
     for cls in (
         InstaFlowDistill,
+        RectifiedFlowPlusPlus,
         SlimFlowDistill,
         SlimFlowReflow,
     )
@@ -25,6 +27,7 @@ __all__ = [
     "InstaFlowDistill",
     "PairRecipe",
     "Recipe",
+    "RectifiedFlowPlusPlus",
     "SlimFlowDistill",
     "SlimFlowReflow",
 ]
