@@ -57,6 +57,11 @@ class DiffusersUNet(nn.Module):
             raise ValueError(
                 f"{sorted(derived)[0]}: follows from sample_shape and num_classes; do not give it"
             )
+        if "flow_map" in options:
+            raise ValueError(
+                "flow_map: DiffusersUNet is a velocity, since UNet2DModel has no second time; use "
+                "mlp, dit or unet"
+            )
         channels, height, width = self.sample_shape
         self.options = {
             "sample_shape": list(self.sample_shape),

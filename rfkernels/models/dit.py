@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from rfkernels.backends.attention_schemes import PRECISIONS
-from rfkernels.models.embeddings import TimeFeatures, condition_embedding, refuse_condition
+from rfkernels.models.embeddings import (
+    condition_embedding,
+    refuse_condition,
+    refuse_span,
+    span_embedding,
+    time_features,
+)
 from rfkernels.ops.attention import attention as rf_attention
 
 __all__ = ["ATTENTIONS", "DiT", "DiTBlock"]
@@ -97,9 +103,12 @@ class DiT(nn.Module):
             "int8_bf16", "int8_fp8", "fp8", "bf16". No parameter depends on it, so that a checkpoint
             serves under each. Training under a precision runs the quantized forward pass with
             PyTorch's gradient at the same inputs, and needs dropout = 0.
+        flow_map: take `span` too, and be the average velocity over [t, t + span].
 
-    `forward(x, t, y=None)`: t (B,) in [0, 1] (0 = source, 1 = data); y (B,) int64 or (B,
-    condition_dim).
+    `forward(x, t, y=None, span=None)`: t (B,) in [0, 1] (0 = source, 1 = data); y (B,) int64 or (B,
+    condition_dim); span (B,) (None: zeros, the velocity at t). Forward derivatives
+    (`torch.func.jvp`) need `sdpa_kernel(SDPBackend.MATH)` around them with "sdpa", whose fused
+    kernels have none; those of a precision are exact attention's at the same inputs.
     """
 
     def __init__(
@@ -114,6 +123,7 @@ class DiT(nn.Module):
         condition_dim: int | None = None,
         dropout: float = 0.0,
         attention: str = "sdpa",
+        flow_map: bool = False,
     ) -> None:
         super().__init__()
         self.sample_shape = tuple(int(n) for n in sample_shape)
@@ -141,9 +151,11 @@ class DiT(nn.Module):
             "condition_dim": condition_dim,
             "dropout": dropout,
             "attention": attention,
+            # Named only where it is set, so that runs of before the option resume.
+            **({"flow_map": True} if flow_map else {}),
         }
         self.patch, self.grid = patch, (height // patch, column // patch)
-        self.features = TimeFeatures(64)
+        self.features = time_features(64, flow_map)
         self.time = nn.Sequential(
             nn.Linear(self.features.size, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -159,15 +171,24 @@ class DiT(nn.Module):
         for layer in (self.modulation, self.leave):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.span = span_embedding(flow_map, width, 64)
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        span: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        code = self.time(self.features(t))
+        code = self.time(self.features(t, x.dtype))
         if self.condition is not None:
             code = code + self.condition(y, x.shape[0], x.device)
         else:
             refuse_condition(y, "this DiT")
+        if self.span is not None:
+            code = code + self.span(span, t)
+        else:
+            refuse_span(span, "this DiT")
         code = F.silu(code)
         h = self.enter(self._patches(x)) + self.place
         for block in self.blocks:

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rfkernels.models.embeddings import TimeFeatures, condition_embedding, refuse_condition
+from rfkernels.models.embeddings import (
+    condition_embedding,
+    refuse_condition,
+    refuse_span,
+    span_embedding,
+    time_features,
+)
 
 __all__ = ["MLPVelocity"]
 
@@ -45,10 +51,11 @@ class MLPVelocity(nn.Module):
         num_classes: class labels 0..num_classes-1; num_classes is the null label; None for an
             unconditional field.
         dropout: probability inside the blocks.
+        flow_map: take `span` too, and be the average velocity over [t, t + span].
 
-    `forward(x, t, y=None)`: x (B, *sample_shape), t (B,) in [0, 1] (0 = source, 1 = data), y (B,)
-    int64. Returns a tensor like x. The last layers start at zero, so a new network is the
-    zero field.
+    `forward(x, t, y=None, span=None)`: x (B, *sample_shape), t (B,) in [0, 1] (0 = source, 1 =
+    data), y (B,) int64, span (B,) (None: zeros, the velocity at t). Returns a tensor like x. The
+    last layers start at zero, so a new network is the zero field.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class MLPVelocity(nn.Module):
         depth: int = 3,
         num_classes: int | None = None,
         dropout: float = 0.0,
+        flow_map: bool = False,
     ) -> None:
         super().__init__()
         self.sample_shape = tuple(int(n) for n in sample_shape)
@@ -67,9 +75,11 @@ class MLPVelocity(nn.Module):
             "depth": depth,
             "num_classes": num_classes,
             "dropout": dropout,
+            # Named only where it is set, so that runs of before the option resume.
+            **({"flow_map": True} if flow_map else {}),
         }
         size, inner = math.prod(self.sample_shape), max(width // 4, 16)
-        self.features = TimeFeatures()
+        self.features = time_features(32, flow_map)
         self.time = nn.Linear(self.features.size, inner)
         self.condition = condition_embedding(inner, num_classes)
         self.null_label = None if self.condition is None else self.condition.null_label
@@ -87,15 +97,24 @@ class MLPVelocity(nn.Module):
         self.scale = nn.Linear(inner, 1)
         nn.init.zeros_(self.scale.weight)
         nn.init.zeros_(self.scale.bias)
+        self.span = span_embedding(flow_map, inner, 32)
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        span: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        code = self.time(self.features(t))
+        code = self.time(self.features(t, x.dtype))
         if self.condition is not None:
             code = code + self.condition(y, x.shape[0], x.device)
         else:
             refuse_condition(y, "this MLPVelocity")
+        if self.span is not None:
+            code = code + self.span(span, t)
+        else:
+            refuse_span(span, "this MLPVelocity")
         code = F.silu(code)
         shifts = self.modulate(code).chunk(len(self.blocks), dim=1)
         flat = x.flatten(1)

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rfkernels.models.embeddings import TimeFeatures, condition_embedding, refuse_condition
+from rfkernels.models.embeddings import (
+    condition_embedding,
+    refuse_condition,
+    refuse_span,
+    span_embedding,
+    time_features,
+)
 
 __all__ = ["UNet"]
 
@@ -73,9 +79,11 @@ class UNet(nn.Module):
         num_classes: class labels 0..num_classes-1, num_classes being the null label; None for
             unconditional.
         dropout: in the residual blocks.
+        flow_map: take `span` too, and be the average velocity over [t, t + span].
 
-    `forward(x, t, y=None)`: t (B,) in [0, 1] (0 = source, 1 = data); y (B,) int64. The last layer
-    starts at zero.
+    `forward(x, t, y=None, span=None)`: t (B,) in [0, 1] (0 = source, 1 = data); y (B,) int64; span
+    (B,) (None: zeros, the velocity at t). The last layer starts at zero. Forward derivatives need
+    `sdpa_kernel(SDPBackend.MATH)` around them: PyTorch's fused attention has none.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class UNet(nn.Module):
         heads: int = 4,
         num_classes: int | None = None,
         dropout: float = 0.0,
+        flow_map: bool = False,
     ) -> None:
         super().__init__()
         self.sample_shape = tuple(int(n) for n in sample_shape)
@@ -114,9 +123,11 @@ class UNet(nn.Module):
             "heads": heads,
             "num_classes": num_classes,
             "dropout": dropout,
+            # Named only where it is set, so that runs of before the option resume.
+            **({"flow_map": True} if flow_map else {}),
         }
         code = 4 * width
-        self.features = TimeFeatures()
+        self.features = time_features(32, flow_map)
         self.time = nn.Sequential(
             nn.Linear(self.features.size, code), nn.SiLU(), nn.Linear(code, code)
         )
@@ -148,15 +159,24 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
         self.levels, self.per_level = len(sizes), blocks
+        self.span = span_embedding(flow_map, code, 32)
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        span: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        code = self.time(self.features(t))
+        code = self.time(self.features(t, x.dtype))
         if self.condition is not None:
             code = code + self.condition(y, x.shape[0], x.device)
         else:
             refuse_condition(y, "this UNet")
+        if self.span is not None:
+            code = code + self.span(span, t)
+        else:
+            refuse_span(span, "this UNet")
         code = F.silu(code)
         h = self.enter(x)
         skips, down, up = [h], iter(self.down), iter(self.up)
