@@ -1,4 +1,4 @@
-"""`rfkernels train`: a first rectified flow from a data set."""
+"""`rfkernels train`: a first rectified flow from a data set, or any recipe."""
 
 from __future__ import annotations
 
@@ -19,20 +19,61 @@ from rfkernels.cli.options import (
     parse_settings,
 )
 from rfkernels.cli.output import resumable, say
-
-# Above this many pixels a fully connected network is the wrong tool.
-_MLP_SIDE = 16
+from rfkernels.cli.recipes import RecipeCall, find_recipe, list_recipes
+from rfkernels.cli.setting import count_classes, data_name, new_network, open_data, saved_network
+from rfkernels.training import RunResult
+from rfkernels.training.recipes import RECIPES
+from rfkernels.training.run_folder import read_config
 
 
 def train(
     run: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of the run: config, metrics, checkpoints.")
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A published method; `--recipe list` prints them all.",
+            show_default="plain flow matching",
+            callback=list_recipes,
+            is_eager=True,
+        ),
+    ] = None,
+    recipe_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of the recipe, e.g. anneal=cosine, or distance=perceptual:random-conv",
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="The run that a recipe learns from; without --model it is copied."
+        ),
+    ] = None,
+    pairs_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--pairs-from",
+            "--pairs",
+            metavar="DIR",
+            help="A recipe's pairs, instead of new ones, e.g. runs/digits-2rf/pairs",
+        ),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="digits, mnist, emoji, moons, ring, checkerboard, spirals, an .npz or .safetensors file with x (and labels), "
-            "a folder of images, tar shards (a folder, file or pattern), or a .parquet or save_to_disk set of datasets."
+            help="digits, mnist, emoji, moons, ring, checkerboard, spirals, an .npz or .safetensors file with x "
+            "(and labels), a folder of images, tar shards (a folder, file or pattern), or a .parquet or "
+            "save_to_disk set of datasets."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET", help="Where the flow starts from.", show_default="normal noise"
         ),
     ] = None,
     model: Annotated[
@@ -54,12 +95,14 @@ def train(
     image_size: Annotated[
         int | None, typer.Option(help="Side to which a folder's images are resized.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="3000")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default="3000, or the recipe's")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per step.", show_default="256")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Its peak.", show_default="2e-3")
+        float | None, typer.Option(help="Its peak.", show_default="2e-3, or the recipe's")
     ] = None,
     path: Annotated[
         str | None, typer.Option(help="linear, trigonometric, vp or sub-vp.", show_default="linear")
@@ -96,7 +139,7 @@ def train(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a rectified flow on a data set (a "1-rectified flow").
+    """Train a rectified flow on a data set (a "1-rectified flow"), or any network by a --recipe.
 
     [bold]Examples[/]
 
@@ -107,11 +150,11 @@ def train(
       rfkernels train --dataset photos/ --image-size 64 --batch-size 64 --sample-every 500 --run runs/photos
 
       rfkernels train --run runs/digits --resume
+
+      rfkernels train --recipe slimflow-reflow --teacher runs/digits --model mlp --model-option width=96 --run runs/small
     """
     import rfkernels.training as training
 
-    saved = begun(run, "train", resume=resume)
-    target = choose_device(device)
     options: dict[str, Any] = given(
         steps=steps,
         batch_size=batch_size,
@@ -126,16 +169,50 @@ def train(
         seed=seed,
     )
     options |= parse_settings("set", settings)
+    again = [] if device is None else [f"--device={device}"]
+    recipe = recipe or _begun_recipe(run, resume=resume)
+    if recipe is not None:
+        cls = find_recipe(recipe)
+        saved, target = begun(run, recipe, resume=resume), choose_device(device)
+        call = RecipeCall(
+            cls,
+            run=run,
+            teacher=teacher,
+            pairs_from=pairs_from,
+            dataset=dataset,
+            source=source,
+            image_size=image_size,
+            model=model,
+            model_option=model_option,
+            conditional=conditional,
+            recipe_option=recipe_option,
+            options=options,
+            saved=saved,
+        )
+        result = call.train(target, resume=resume, quiet=quiet, again=again)
+        _tell(result, run, from_noise=call.source is None)
+        return
+    refused = given(teacher=teacher, pairs_from=pairs_from, recipe_option=recipe_option or None)
+    if refused:
+        name = next(iter(refused)).replace("_", "-")
+        raise ValueError(f"{name}: belongs to a recipe; give --recipe too, or leave this out")
+    saved, target = begun(run, "train", resume=resume), choose_device(device)
     if saved is None:
         if dataset is None:
             raise ValueError(
                 "dataset: must be given for a new run, e.g. --dataset digits; got none"
             )
-        data = _open(dataset, image_size)
+        data = open_data(dataset, image_size)
         if conditional:
             options.setdefault("label_dropout", 0.1)
         config = training.from_dict(training.TrainConfig, {**options, "conditional": conditional})
-        network = _new_network(model, model_option, data, conditional, config.seed)
+        network = new_network(
+            model,
+            model_option,
+            sample_shape=data.sample_shape,
+            num_classes=count_classes(data) if conditional else None,
+            seed=config.seed,
+        )
     else:
         refused = given(
             model=model, model_option=model_option or None, conditional=conditional or None
@@ -145,80 +222,35 @@ def train(
                 f"{next(iter(refused))}: a resumed run has the network it began with; leave this out"
             )
         config = training.from_dict(training.TrainConfig, {**saved["config"], **options})
-        data = _open(dataset or _data_name(saved, run), image_size)
-        network = _saved_network(saved, run)
+        data = open_data(dataset or data_name(saved.get("data"), "dataset", run), image_size)
+        network = saved_network(saved, saved["config"]["seed"], run)
+        source = source or data_name(saved.get("source"), "source", run)
+    x0 = None if source is None else open_data(source, image_size)
     # The run remembers the rest.
-    again = given(dataset=dataset, image_size=image_size, device=device)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in again.items()]
-    command = command_line("train", "--run", run, "--resume", *words)
+    named = given(dataset=dataset, source=source, image_size=image_size)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
+    command = command_line("train", "--run", run, "--resume", *words, *again)
     with resumable(command):
         result = training.train_flow(
-            network.to(target), data, config, run=run, resume=resume, progress=not quiet
+            network.to(target), data, config, x0=x0, run=run, resume=resume, progress=not quiet
         )
+    _tell(result, run, from_noise=source is None)
+
+
+def _begun_recipe(run: Path, *, resume: bool) -> str | None:
+    """The recipe of the run to go on with; None for a new run or one without a recipe."""
+    if not resume or not (run / "config.json").is_file():
+        return None
+    kind = read_config(run)["kind"]
+    return kind if kind in RECIPES else None
+
+
+def _tell(result: RunResult, run: Path, *, from_noise: bool) -> None:
     last = result.metrics[-1] if result.metrics else {}
     losses = ", ".join(
         f"{k.replace('_', ' ')} {last[k]:.4f}" for k in ("loss", "holdout_loss") if k in last
     )
-    say(f"Trained to step {config.steps}: {losses}. The run is in {run}")
-    say(f"Next: {command_line('sample', run, '--out', 'samples.png')}")
-
-
-def _open(dataset: str, image_size: int | None) -> Any:
-    from rfkernels.data import load_dataset
-
-    return load_dataset(dataset, **given(image_size=image_size))
-
-
-def _new_network(
-    name: str | None, model_options: list[str] | None, data: Any, conditional: bool, seed: int
-) -> Any:
-    import rfkernels.models as models
-    from rfkernels.ops.random import derive_seed
-
-    shape = tuple(data.sample_shape)
-    options = parse_settings("model-option", model_options)
-    if conditional:
-        classes = getattr(data, "num_classes", None)
-        if not data.has_labels:
-            raise ValueError(f"conditional: needs data with labels; {data.name} has none")
-        # An endless toy has labels whose number only a look at them tells.
-        options.setdefault("num_classes", classes if classes is not None else _count_classes(data))
-    if name is None:
-        name = "unet" if len(shape) == 3 and max(shape[1:]) > _MLP_SIDE else "mlp"
-    return models.build(name, seed=derive_seed(seed, "init"), sample_shape=shape, **options)
-
-
-def _count_classes(data: Any) -> int:
-    import torch
-
-    labels = data.rows(torch.arange(4096)).labels
-    if labels.is_floating_point():
-        raise ValueError(
-            f"conditional: the labels of {data.name} are vectors, which the command does not serve"
-        )
-    return int(labels.max()) + 1
-
-
-def _data_name(saved: dict[str, Any], run: Path) -> str:
-    from rfkernels.data import DATASETS
-
-    name = saved.get("data", {}).get("name")
-    if name not in DATASETS:
-        raise ValueError(
-            f"dataset: {run} was trained on {name!r}, a file or folder; give it again with --dataset"
-        )
-    return name
-
-
-def _saved_network(saved: dict[str, Any], run: Path) -> Any:
-    import rfkernels.models as models
-    from rfkernels.ops.random import derive_seed
-
-    described = saved["model"]
-    if "name" not in described:
-        raise ValueError(
-            f"resume: {run} trained a network of your own; resume it in Python, with train_flow"
-        )
-    return models.build(
-        described["name"], seed=derive_seed(saved["config"]["seed"], "init"), **described["options"]
-    )
+    steps = getattr(result.config, "train", result.config).steps
+    say(f"Trained to step {steps}: {losses}. The run is in {run}")
+    if from_noise:
+        say(f"Next: {command_line('sample', run, '--out', 'samples.png')}")
