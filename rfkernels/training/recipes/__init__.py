@@ -4,6 +4,7 @@
 one.
 """
 
+from rfkernels.training.recipes.feature_weighted import FeatureWeighted
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
 from rfkernels.training.recipes.recipe import PairRecipe, Recipe
 from rfkernels.training.recipes.rectified_flow import DistillObjective, FlowObjective
@@ -13,6 +14,7 @@ from rfkernels.training.recipes.slimflow import SlimFlowDistill, SlimFlowReflow
 RECIPES: dict[str, type[Recipe]] = {
     cls.name: cls
     for cls in (
+        FeatureWeighted,
         InstaFlowDistill,
         RectifiedFlowPlusPlus,
         SlimFlowDistill,
@@ -23,6 +25,7 @@ RECIPES: dict[str, type[Recipe]] = {
 __all__ = [
     "RECIPES",
     "DistillObjective",
+    "FeatureWeighted",
     "FlowObjective",
     "InstaFlowDistill",
     "PairRecipe",
