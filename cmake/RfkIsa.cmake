@@ -3,6 +3,7 @@ set(RFK_CPU_SOURCES
     csrc/cpu/flow_loss.cpp
     csrc/cpu/interpolate.cpp
     csrc/cpu/ode_step.cpp
+    csrc/cpu/projected_update.cpp
     csrc/cpu/random.cpp
     csrc/cpu/table.cpp)
 

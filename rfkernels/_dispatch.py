@@ -24,7 +24,15 @@ from torch.autograd import forward_ad
 
 from rfkernels._errors import BackendUnavailableError
 
-OPS = ("ode_step", "interpolate", "flow_loss", "random", "quantize", "attention")
+OPS = (
+    "ode_step",
+    "interpolate",
+    "flow_loss",
+    "random",
+    "quantize",
+    "attention",
+    "projected_update",
+)
 MAX_NATIVE_DIMS = 16  # RFK_MAX_DIMS; the reference has the same bits
 BACKENDS = ("native", "triton", "reference")  # in the order of preference
 # (op, backend, device): why that kernel does not exist.
@@ -159,7 +167,7 @@ def _unwritten(backend: str, op: str) -> str | None:
     """Why the backend has no module or compiled function for the op; None when it has."""
     if importlib.util.find_spec(f"rfkernels.backends.{backend}.{op}") is None:
         return f"the {backend} backend has no {op}"
-    if backend == "native" and op in ("quantize", "attention"):
+    if backend == "native" and op in ("quantize", "attention", "projected_update"):
         extension = importlib.import_module("rfkernels._C")
         if not hasattr(extension, {"quantize": "quantize_keys"}.get(op, op)):
             return f"the compiled extension rfkernels._C is older than {op}; install again"

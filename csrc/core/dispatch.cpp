@@ -4,6 +4,7 @@
 
 #include "core/parallel.h"
 #include "core/status.h"
+#include "core/update_layout.h"
 #include "cpu/cpu_ops.h"
 #include "rfk/philox.h"
 #include "rfk/rfk.h"
@@ -328,6 +329,56 @@ rfk_status rfk_random(const rfk_device* device, const rfk_noise* noise, int32_t 
 #endif
   const rfk::RandomArguments a{noise, distribution, out};
   cpu_ops(RFK_OP_RANDOM).random(a);
+  return RFK_OK;
+}
+
+int64_t rfk_projected_update_workspace(const rfk_update_parameter* parameters, int64_t count) {
+  int64_t doubles = 0;
+  for (int64_t k = 0; k < count; ++k) doubles += rfk::update_doubles(parameters[k]);
+  return doubles;
+}
+
+rfk_status rfk_projected_update(const rfk_device* device, const rfk_update_parameter* parameters, int64_t count,
+                                const rfk_update_options* options, int32_t phase, double* summary, double* workspace) {
+  const char* op = "projected_update";
+  if (!valid_device(op, device)) return RFK_INVALID;
+  if (options == nullptr || (options->rule != RFK_UPDATE_ADAMP && options->rule != RFK_UPDATE_SGDP) ||
+      !valid_scalar(op, "learning_rate", &options->learning_rate)) {
+    set_error("%s: the options must have a known rule and a learning rate", op);
+    return RFK_INVALID;
+  }
+  if (phase < RFK_UPDATE_WHOLE || phase > RFK_UPDATE_APPLY || (phase != RFK_UPDATE_WHOLE && summary == nullptr)) {
+    set_error("%s: the phase must be 0, or 1 or 2 with a summary; got %d", op, phase);
+    return RFK_INVALID;
+  }
+  if (count < 0 || (count > 0 && (parameters == nullptr || workspace == nullptr))) {
+    set_error("%s: parameters and a workspace of rfk_projected_update_workspace doubles are needed", op);
+    return RFK_INVALID;
+  }
+  const bool adam = options->rule == RFK_UPDATE_ADAMP;
+  for (int64_t k = 0; k < count; ++k) {
+    const rfk_update_parameter& p = parameters[k];
+    const bool empty = p.rows == 0 || p.columns == 0;
+    const bool known = p.dtype >= RFK_FLOAT32 && p.dtype <= RFK_FLOAT16 &&
+                       (p.average == nullptr || (p.average_dtype >= RFK_FLOAT32 && p.average_dtype <= RFK_FLOAT16));
+    if (!known || p.rows < 0 || p.columns < 0 || p.total < p.rows * p.columns) {
+      set_error("%s: parameter %lld must be rows x columns of float32, float64, bfloat16 or float16", op,
+                static_cast<long long>(k));
+      return RFK_INVALID;
+    }
+    if ((!empty && (p.weight == nullptr || p.grad == nullptr || p.first == nullptr || (adam && p.second == nullptr))) ||
+        (adam && p.step == nullptr)) {
+      set_error("%s: parameter %lld lacks a weight, a gradient, a moment or a step", op, static_cast<long long>(k));
+      return RFK_INVALID;
+    }
+  }
+#if RFK_HAS_CUDA
+  if (device->type == RFK_CUDA) {
+    return rfk::cuda::projected_update(*device, parameters, count, *options, phase, summary, workspace);
+  }
+#endif
+  const rfk::UpdateArguments a{parameters, count, options, phase, summary, workspace};
+  cpu_ops(RFK_OP_PROJECTED_UPDATE).projected_update(a);
   return RFK_OK;
 }
 

@@ -50,11 +50,21 @@ struct RandomArguments {
   const rfk_tensor* out;
 };
 
+struct UpdateArguments {
+  const rfk_update_parameter* parameters;
+  int64_t count;
+  const rfk_update_options* options;
+  int32_t phase;
+  double* summary;  // may be NULL
+  double* workspace;
+};
+
 struct CpuOps {
   void (*step)(const StepArguments&);
   void (*interpolate)(const InterpolateArguments&);
   void (*flow_loss)(const LossArguments&);
   void (*random)(const RandomArguments&);
+  void (*projected_update)(const UpdateArguments&);
 };
 
 namespace baseline {

@@ -42,6 +42,10 @@ rfk_status quantize_keys(const rfk_device& device, const rfk_tensor& k, const rf
                          bool e4m3_keys, bool e4m3_values, const rfk_quantized_heads& out, void* workspace);
 int64_t quantize_workspace(int64_t pairs, int64_t keys, int64_t channels, int64_t value_channels);
 
+// Workspace: core/update_layout.h. Three launches for every 32 parameters of one dtype (one where none is projected).
+rfk_status projected_update(const rfk_device& device, const rfk_update_parameter* parameters, int64_t count,
+                            const rfk_update_options& options, int phase, double* summary, double* workspace);
+
 // The architectures compiled into this binary, e.g. "80;90a;100;120+PTX".
 const char* archs();
 

@@ -62,6 +62,22 @@ def flow_loss(
     /,
 ) -> None: ...
 def random(out: Tensor, seed: _Counter, offset: _Counter, distribution: int, /) -> None: ...
+def projected_update(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+    averages: list[Tensor | None],
+    projected: list[bool],
+    totals: list[int],
+    options: tuple[int, bool, _Scalar, float, float, float, float, float, float, float],
+    phase: int,
+    summary: int,
+    workspace: int,
+    /,
+) -> None: ...
+def projected_update_workspace(shapes: list[tuple[int, int, bool]], /) -> int: ...
 def attention(
     q: Tensor,
     k: Tensor | None,
@@ -98,6 +114,9 @@ def quantize_workspace(batch_heads: int, keys: int, channels: int, value_channel
 def quantized_layout(
     scheme: int, keys: int, channels: int, value_channels: int, /
 ) -> tuple[int, dict[str, int]]: ...
+def handover_key(
+    q: object, k: object, v: object, attn_mask: object, is_causal: object, /
+) -> int: ...
 def attention_isa() -> str: ...
 def fast_step(
     form: int,

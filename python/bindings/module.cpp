@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "fast_calls.h"
+#include "projected_update.h"
 #include "rfk/rfk.h"
 #include "views.h"
 
@@ -16,7 +17,7 @@ namespace {
 
 constexpr const char* kIsaNames[RFK_ISA_COUNT] = {"baseline", "avx2", "avx512", "amx"};
 constexpr const char* kOpNames[RFK_OP_COUNT] = {"ode_step", "interpolate", "flow_loss", "random", "quantize",
-                                                "attention"};
+                                                "attention", "projected_update"};
 
 int32_t index_of(const char* what, const std::string& name, const char* const* names, int32_t count) {
   std::string known;
@@ -152,7 +153,7 @@ py::dict launch_counts() {
   py::dict counts;
   for (int32_t op = 0; op < RFK_OP_COUNT; ++op) {
     for (int32_t isa = 0; isa < RFK_ISA_COUNT; ++isa) {
-      if (isa == RFK_ISA_AMX && op < RFK_OP_QUANTIZE) continue;  // nothing of these for the tile unit
+      if (isa == RFK_ISA_AMX && op != RFK_OP_QUANTIZE && op != RFK_OP_ATTENTION) continue;  // nothing of these for the tile unit
       counts[py::make_tuple(kOpNames[op], kIsaNames[isa])] = rfk_launch_count(op, isa);
     }
     counts[py::make_tuple(kOpNames[op], "cuda")] = rfk_launch_count(op, -1);
@@ -177,6 +178,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("flow_loss", &flow_loss);
   m.def("random", &random_fill);
   rfk_python::define_attention(m);
+  rfk_python::define_projected_update(m);
   m.def("fast_step", &rfk_python::fast_step);
   m.def("fast_interpolate", &rfk_python::fast_interpolate);
   m.def("flow_loss_workspace", &rfk_flow_loss_workspace, "Doubles of workspace that flow_loss needs.");

@@ -29,6 +29,8 @@ extern "C" {
 #define RFK_MAX_DIMS 16   /* dimensions of a tensor */
 #define RFK_MAX_TERMS 8   /* tensors beside x in a linear step */
 #define RFK_LOSS_BLOCK 4096 /* elements of one partial sum of flow_loss; fixed, so that sums do not depend on threads */
+#define RFK_UPDATE_BLOCK 4096 /* columns of one partial sum of projected_update */
+#define RFK_UPDATE_SUMMARY 5  /* doubles of the summary of one parameter */
 
 typedef enum { RFK_OK = 0, RFK_INVALID = 1, RFK_UNSUPPORTED = 2, RFK_CUDA_ERROR = 3 } rfk_status;
 typedef enum {
@@ -205,6 +207,49 @@ RFK_API rfk_status rfk_attention(const rfk_device* device, const rfk_tensor* q, 
                                  const rfk_tensor* mask, int32_t causal, double scale, int32_t scheme,
                                  const rfk_tensor* out, const rfk_tensor* lse, uint8_t* exact);
 
+/* projected_update ----------------------------------------------------------------------------------------------- */
+
+typedef enum { RFK_UPDATE_ADAMP = 0, RFK_UPDATE_SGDP = 1 } rfk_update_rule;
+typedef enum { RFK_UPDATE_WHOLE = 0, RFK_UPDATE_GATHER = 1, RFK_UPDATE_APPLY = 2 } rfk_update_phase;
+
+/* One parameter, seen as rows x columns; every tensor of it is dense and lies in the same order, row after row. C is double
+ * where dtype is float64, else float. */
+typedef struct {
+  int64_t rows, columns;
+  int64_t total;       /* elements of the whole parameter, of which these rows may be a shard */
+  void* weight;        /* dtype */
+  const void* grad;    /* dtype */
+  void* first;         /* C: exp_avg, or SGDP's momentum buffer */
+  void* second;        /* C: exp_avg_sq; NULL for SGDP */
+  float* step;         /* on the device: steps done before this one, to which the call adds 1; NULL for SGDP */
+  void* average;       /* average_dtype: moving average of the weights, or NULL */
+  int32_t dtype;
+  int32_t average_dtype;
+  int32_t projected;   /* 0: never projected (vectors and scalars) */
+} rfk_update_parameter;
+
+typedef struct {
+  int32_t rule;          /* rfk_update_rule */
+  int32_t nesterov;
+  rfk_scalar learning_rate;
+  double beta1, beta2;   /* SGDP: momentum and dampening */
+  double eps, weight_decay, delta, decay_ratio;
+  double average_decay;  /* average = average + (1 - average_decay) (weight - average) */
+} rfk_update_options;
+
+/* One step of AdamP or SGDP on `count` parameters in place: rfkernels/ops/projected_update.py has the formulas. Whether and
+ * how a parameter is projected is decided on the device.
+ * workspace: rfk_projected_update_workspace doubles on the device. summary: count x RFK_UPDATE_SUMMARY doubles on the device,
+ * {greatest |cos(g, w)| of a row (infinity for NaN), sum g w, sum g^2, sum w^2, sum u w}.
+ * phase RFK_UPDATE_WHOLE: everything; summary may be NULL. For sharded parameters in two calls with one workspace:
+ * RFK_UPDATE_GATHER updates the moments and writes the summary of the local rows (parameters that are never projected are
+ * done here), the caller reduces it (maximum and sums) over the shards, RFK_UPDATE_APPLY decides by it and updates the
+ * weights. */
+RFK_API int64_t rfk_projected_update_workspace(const rfk_update_parameter* parameters, int64_t count);
+RFK_API rfk_status rfk_projected_update(const rfk_device* device, const rfk_update_parameter* parameters, int64_t count,
+                                        const rfk_update_options* options, int32_t phase, double* summary,
+                                        double* workspace);
+
 /* core ----------------------------------------------------------------------------------------------------------- */
 
 typedef enum { RFK_ISA_BASELINE = 0, RFK_ISA_AVX2 = 1, RFK_ISA_AVX512 = 2, RFK_ISA_AMX = 3, RFK_ISA_COUNT = 4 } rfk_isa;
@@ -215,6 +260,7 @@ typedef enum {
   RFK_OP_RANDOM,
   RFK_OP_QUANTIZE,
   RFK_OP_ATTENTION,
+  RFK_OP_PROJECTED_UPDATE,
   RFK_OP_COUNT
 } rfk_op;
 

@@ -16,7 +16,16 @@ import sys
 import torch
 
 launches: dict[str, int] = dict.fromkeys(
-    ("ode_step", "interpolate", "flow_loss", "random", "quantize", "attention"), 0
+    (
+        "ode_step",
+        "interpolate",
+        "flow_loss",
+        "random",
+        "quantize",
+        "attention",
+        "projected_update",
+    ),
+    0,
 )
 
 OLDEST = (
