@@ -49,6 +49,10 @@ def check_coupling(config: TrainConfig, data: Data, x0: Data | None) -> None:
         raise ValueError(
             f'coupling: "given" needs as many rows in x0 as in the data, {data.size}; got {x0.size}'
         )
+    if getattr(data, "mirror", False) and not getattr(x0, "mirror", False):
+        raise ValueError(
+            'coupling: "given" mirrors both sides or neither; got mirror=True of the data only'
+        )
 
 
 def is_conditional(model: nn.Module, data: Data, config: TrainConfig) -> bool:

@@ -7,12 +7,11 @@ function of the seed and p alone, so a resumed run needs no state of a random ge
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from rfkernels.data import Data, Dataset, Rows, epoch_order, split_rows
+from rfkernels.data import Data, Dataset, Rows, Subset, epoch_order, part_order, split_rows
 from rfkernels.flow.couplings import MinibatchOT
 from rfkernels.ops.random import derive_seed, randn
 
@@ -52,11 +51,13 @@ class _Order:
     """Maps positions to rows.
 
     Of a sized set every epoch is a permutation of its own, and batches run across epochs; of an
-    endless stream, position p is row first + p.
+    endless stream, position p is row first + p. A data set may have an order of its own.
     """
 
-    def __init__(self, size: int | None, seed: int, first: int = 0) -> None:
-        self.size, self.seed, self.first = size, seed, first
+    def __init__(
+        self, size: int | None, seed: int, first: int = 0, data: Data | None = None
+    ) -> None:
+        self.size, self.seed, self.first, self._data = size, seed, first, data
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def rows(self, start: int, count: int) -> torch.Tensor:
@@ -67,11 +68,16 @@ class _Order:
             epoch, row = divmod(start, self.size)
             if epoch != self._epoch:
                 self._epoch = epoch
-                self._order = epoch_order(self.size, seed=self.seed, epoch=epoch)
+                self._order = self._permuted(epoch)
             piece = self._order[row : row + count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _permuted(self, epoch: int) -> torch.Tensor:
+        if self._data is None:
+            return epoch_order(self.size, seed=self.seed, epoch=epoch)
+        return part_order(self._data, torch.arange(self.size), seed=self.seed, epoch=epoch)
 
 
 class DataSource:
@@ -103,7 +109,7 @@ class DataSource:
         self._noise = derive_seed(seed, "noise")
         self._held_noise = derive_seed(seed, "holdout noise")
         self._train, self._held = _parts(data, holdout, seed, device)
-        self._order = _Order(self._train.size, derive_seed(seed, "shuffle"))
+        self._order = _Order(self._train.size, derive_seed(seed, "shuffle"), data=self._train)
         self._from: Data | None = None
         self._held_from: Data | None = None
         if x0 is not None:
@@ -113,7 +119,12 @@ class DataSource:
             self._from_order = (
                 self._order
                 if coupling == "given"
-                else _Order(self._from.size, derive_seed(seed, "shuffle source"), first=2**61)
+                else _Order(
+                    self._from.size,
+                    derive_seed(seed, "shuffle source"),
+                    first=2**61,
+                    data=self._from,
+                )
             )
         self._transport = MinibatchOT() if coupling.startswith("ot") else None
         self._whole = coupling == "ot-global"
@@ -174,21 +185,6 @@ def held_out_count(sample_shape: tuple[int, ...]) -> int:
     return min(1024, max(16, 2**26 // math.prod(sample_shape)))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of a sized data set."""
-
-    data: Data
-    index: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        return len(self.index)
-
-    def rows(self, index: torch.Tensor) -> Rows:
-        return self.data.rows(self.index[index])
-
-
 def _parts(data: Data, holdout: float, seed: int, device: torch.device) -> tuple[Any, Any]:
     """The training and held-out part; a small set moves to the accelerator once."""
     if data.size is None:
@@ -197,7 +193,7 @@ def _parts(data: Data, holdout: float, seed: int, device: torch.device) -> tuple
         labels = None if data.labels is None else data.labels.to(device)
         data = Dataset(data.x.to(device, torch.float32), labels, data.name)
     train, held = split_rows(data.size, holdout, seed)
-    return _Part(data, train), _Part(data, held) if len(held) else None
+    return Subset(data, train), Subset(data, held) if len(held) else None
 
 
 class PairSource:
