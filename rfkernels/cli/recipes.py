@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rfkernels.cli.setting import (
     open_data,
     saved_network,
 )
-from rfkernels.training import RunResult
+from rfkernels.training import RunResult, TrainConfig
 from rfkernels.training.recipes import RECIPES, PairRecipe, Recipe
 
 __all__ = ["RecipeCall", "find_recipe", "list_recipes", "summary"]
@@ -46,8 +46,24 @@ def list_recipes(value: str | None) -> str | None:
 
 def _needs(cls: type[Recipe]) -> str:
     if issubclass(cls, PairRecipe):
-        return "pairs of --teacher"
-    return {"none": "data", "start": "data", "required": "data and --teacher"}[cls.teacher]
+        needs = "pairs of --teacher"
+    else:
+        needs = "data and --teacher" if cls.teacher == "required" else "data"
+    return f"{needs}, in Python only" if _objects(cls) else needs
+
+
+def _objects(cls: type[Recipe]) -> list[str]:
+    """Options without a default: objects that no name stands for."""
+    return [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+
+
+def _default_train(cls: type[Recipe]) -> TrainConfig:
+    factory = next(f for f in dataclasses.fields(cls) if f.name == "train").default_factory
+    return factory()  # type: ignore[misc]
 
 
 def find_recipe(name: str) -> type[Recipe]:
@@ -57,7 +73,7 @@ def find_recipe(name: str) -> type[Recipe]:
     return RECIPES[name]
 
 
-@dataclass
+@dataclasses.dataclass
 class RecipeCall:
     """One call of the command: what the user gave, under the names of its options.
 
@@ -113,6 +129,11 @@ class RecipeCall:
 
     def _refuse_what_does_not_fit(self) -> None:
         name, on_pairs = self.cls.name, issubclass(self.cls, PairRecipe)
+        if _objects(self.cls):
+            raise ValueError(
+                f"recipe: {name} needs {', '.join(_objects(self.cls))}, an object of your own; run it "
+                "in Python, with rfkernels.training.train_recipe"
+            )
         if self.cls.teacher == "required" and self.teacher is None:
             raise ValueError(f"teacher: {name} needs one, e.g. --teacher runs/digits; got none")
         if self.cls.teacher == "none" and self.teacher is not None:
@@ -155,7 +176,7 @@ class RecipeCall:
             before = self.saved["config"]
             own, inner = {**before, **own}, before["train"]
         else:
-            inner = training.to_dict(self.cls().train)
+            inner = training.to_dict(_default_train(self.cls))
             if not issubclass(self.cls, PairRecipe):
                 inner["conditional"] = self.conditional
                 if self.conditional:
@@ -169,10 +190,10 @@ class RecipeCall:
         if self.model is None and teacher is not None:
             if self.model_option:
                 raise ValueError(
-                    "model-option: belongs to a new network; without --model it is a copy of the teacher"
+                    "model-option: belongs to a new network; without --model it is the teacher's"
                 )
-            copied, network = _copy(teacher.model, flow_map=self.cls.flow_map, seed=seed)
-            if self.saved is None or self.saved["model"] == copied:
+            described, network = _like_teacher(teacher.model, flow_map=self.cls.flow_map, seed=seed)
+            if self.saved is None or self.saved["model"] == described:
                 return network
         elif self.saved is None or self.model is not None:
             return new_network(
@@ -206,12 +227,12 @@ class RecipeCall:
         return words + [f"--model-option={option}" for option in self.model_option or ()]
 
 
-def _copy(teacher: Any, *, flow_map: bool, seed: int) -> tuple[dict[str, Any] | None, Any]:
-    """(description of a copy of the teacher to train, the copy); None as the copy leaves it to
-    `train_recipe`.
+def _like_teacher(teacher: Any, *, flow_map: bool, seed: int) -> tuple[dict[str, Any] | None, Any]:
+    """(description of the network to train, the network); None as the network leaves a copy of the
+    teacher to `train_recipe`.
 
-    A velocity network becomes a flow map with the weights of the velocity: a new span embedding
-    adds nothing.
+    A flow map has other time features than a velocity, whose weights it therefore cannot take: of
+    such a teacher it has the architecture, and new weights.
     """
     import rfkernels.models as models
     from rfkernels.ops.random import derive_seed
@@ -219,9 +240,6 @@ def _copy(teacher: Any, *, flow_map: bool, seed: int) -> tuple[dict[str, Any] | 
     described = models.describe(teacher)
     if not flow_map or described is None or described["options"].get("flow_map"):
         return described, None
-    described["options"]["flow_map"] = True
-    network = models.build(
-        described["name"], seed=derive_seed(seed, "init"), **described["options"]
-    )
-    network.load_state_dict(teacher.state_dict(), strict=False)
+    options = {**described["options"], "flow_map": True}
+    network = models.build(described["name"], seed=derive_seed(seed, "init"), **options)
     return models.describe(network), network
