@@ -27,8 +27,12 @@ def sample(
         int | None, typer.Option(help="Steps of the solver.", show_default="8; none for dopri5")
     ] = None,
     solver: Annotated[
-        str, typer.Option(help="euler, midpoint, heun, rk4, ab2, taylor or dopri5.")
-    ] = "euler",
+        str | None,
+        typer.Option(
+            help="euler, midpoint, heun, rk4, ab2, taylor, dopri5, rf++ or flow-map.",
+            show_default="the run's: euler, for most",
+        ),
+    ] = None,
     shift: Annotated[
         float | None,
         typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
@@ -78,6 +82,7 @@ def sample(
                 f"out: samples of the shape {shape} are no pictures; give an .npz or .safetensors file"
             )
         require_pictures()
+    solver = solver or drawer.default_solver
     if steps is None and solver != "dopri5":
         steps = 8
     index = torch.arange(n)
