@@ -94,21 +94,22 @@ def huber(difference, h=1e-3):
 
 
 class ExactNoise(nn.Module):
-    """The noise estimate of the mixture, exact, at states of a schedule."""
+    """The exact noise estimate of a mixture, at states of a schedule."""
 
-    def __init__(self, schedule):
+    def __init__(self, schedule, flow):
         super().__init__()
-        self.schedule, self.unused = schedule, nn.Parameter(torch.zeros(1))
+        self.schedule, self.flow = schedule, flow
+        self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, k):
         alpha, sigma = self.schedule.coefficients(k)
         t = (alpha / (alpha + sigma)).to(x.dtype)
         state = x / (alpha + sigma).to(x.dtype)[:, None]
-        return state - t[:, None] * MIXTURE(state, t)
+        return state - t[:, None] * self.flow(state, t)
 
 
-def exact_teacher():
-    model = NoisePrediction(ExactNoise(LinearBetas()), LinearBetas())
+def exact_teacher(flow=MIXTURE):
+    model = NoisePrediction(ExactNoise(LinearBetas(), flow), LinearBetas())
     model.network.sample_shape = (2,)
     return model
 
