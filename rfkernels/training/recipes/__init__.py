@@ -6,7 +6,11 @@ one.
 
 from rfkernels.training.recipes.feature_weighted import FeatureWeighted
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
+from rfkernels.training.recipes.perflow import PeRFlow
 from rfkernels.training.recipes.recipe import PairRecipe, Recipe
+from rfkernels.training.recipes.rectified_diffusion import RectifiedDiffusion
+from rfkernels.training.recipes.rectified_diffusion_consistency import RectifiedDiffusionConsistency
+from rfkernels.training.recipes.rectified_diffusion_phased import RectifiedDiffusionPhased
 from rfkernels.training.recipes.rectified_flow import DistillObjective, FlowObjective
 from rfkernels.training.recipes.rf_plus_plus import RectifiedFlowPlusPlus
 from rfkernels.training.recipes.slimflow import SlimFlowDistill, SlimFlowReflow
@@ -16,6 +20,10 @@ RECIPES: dict[str, type[Recipe]] = {
     for cls in (
         FeatureWeighted,
         InstaFlowDistill,
+        PeRFlow,
+        RectifiedDiffusion,
+        RectifiedDiffusionConsistency,
+        RectifiedDiffusionPhased,
         RectifiedFlowPlusPlus,
         SlimFlowDistill,
         SlimFlowReflow,
@@ -29,7 +37,11 @@ __all__ = [
     "FlowObjective",
     "InstaFlowDistill",
     "PairRecipe",
+    "PeRFlow",
     "Recipe",
+    "RectifiedDiffusion",
+    "RectifiedDiffusionConsistency",
+    "RectifiedDiffusionPhased",
     "RectifiedFlowPlusPlus",
     "SlimFlowDistill",
     "SlimFlowReflow",
