@@ -9,6 +9,7 @@ data. All randomness is a function of the seed and of the step or sample it serv
 from rfkernels.training.config import DistillConfig, OwnObject, ReflowConfig, TrainConfig
 from rfkernels.training.config_json import from_dict, to_dict
 from rfkernels.training.distill import distill
+from rfkernels.training.domain_adaptation import FeatureAdapter, adapt_features
 from rfkernels.training.invert_data import invert_data
 from rfkernels.training.load import LoadedRun, load
 from rfkernels.training.make_pairs import make_pairs, model_hash
@@ -21,6 +22,7 @@ from rfkernels.training.trainer import RunResult, TrainingDivergedError
 
 __all__ = [
     "DistillConfig",
+    "FeatureAdapter",
     "LoadedRun",
     "OwnObject",
     "PairStore",
@@ -28,6 +30,7 @@ __all__ = [
     "RunResult",
     "TrainConfig",
     "TrainingDivergedError",
+    "adapt_features",
     "distill",
     "from_dict",
     "invert_data",
