@@ -1,0 +1,93 @@
+"""Local folders of diffusers: which network they hold, and what their scheduler says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rfkernels.flow.schedules import CosineBetas, LinearBetas, NoiseSchedule, ScaledLinearBetas
+
+__all__ = ["load_network", "read_scheduler"]
+
+_COMPONENTS = ("transformer", "unet")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from error
+
+
+def load_network(folder: Path, served: tuple[str, ...], dtype: torch.dtype | None) -> nn.Module:
+    """The network of a folder, its own or its pipeline's, with the weights of its safetensors files.
+
+    Raises:
+        ImportError, FileNotFoundError, TypeError, ValueError: as `velocity_from_pretrained`.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(
+            "velocity_from_pretrained: needs diffusers; install it with: pip install "
+            '"rfkernels[diffusers]"'
+        ) from error
+    if not folder.is_dir():
+        raise FileNotFoundError(f"source: {folder} is no folder")
+    if (folder / "model_index.json").is_file():
+        parts = [folder / name for name in _COMPONENTS if (folder / name / "config.json").is_file()]
+        if not parts:
+            raise FileNotFoundError(f"source: {folder} has neither {' nor '.join(_COMPONENTS)}")
+        folder = parts[0]
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"source: {folder} holds no network (no config.json)")
+    name = _read(folder / "config.json").get("_class_name")
+    if name not in served:
+        raise TypeError(f"network: must be a diffusers {', '.join(served)}; got {name}")
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    return getattr(diffusers, name).from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, **options
+    )
+
+
+def read_scheduler(folder: Path) -> tuple[str, NoiseSchedule | None] | None:
+    """(prediction, schedule) by a pipeline's scheduler, schedule None for a velocity; None where the
+    folder has no scheduler.
+
+    Raises:
+        ValueError: a schedule or prediction that has no counterpart here.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return None
+    config = _read(file)
+    kind = config.get("prediction_type", "epsilon")
+    flow = "FlowMatch" in config.get("_class_name", "") or config.get("use_flow_sigmas")
+    if flow or kind == "flow_prediction":
+        return "velocity", None
+    kinds = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
+    if kind not in kinds:
+        raise ValueError(f"{file}: prediction_type must be one of {', '.join(kinds)}; got {kind!r}")
+    return kinds[kind], _schedule(config, file)
+
+
+def _schedule(config: dict[str, Any], file: Path) -> NoiseSchedule:
+    for option in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(option):
+            raise ValueError(f"{file}: {option} has no counterpart here; give schedule")
+    steps = config.get("num_train_timesteps", 1000)
+    name = config.get("beta_schedule", "linear")
+    ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if name == "linear":
+        return LinearBetas(*ends, steps=steps)
+    if name == "scaled_linear":
+        return ScaledLinearBetas(*ends, steps=steps)
+    if name == "squaredcos_cap_v2":
+        return CosineBetas(steps=steps)
+    raise ValueError(
+        f"{file}: beta_schedule must be linear, scaled_linear or squaredcos_cap_v2; got {name!r}"
+    )
