@@ -191,8 +191,8 @@ def test_a_velocity_student_needs_a_step_a_window():
     train = TrainConfig(
         steps=250, batch_size=128, learning_rate=1e-2, ema_decay=0.95, holdout=0.0, log_every=250
     )
-    origin, x0 = Plain(exact_teacher(GAUSSIAN)), rf.randn(500, 2, seed=11)
-    recipe = PeRFlow(train=train, windows=2, teacher_solver="midpoint")
+    origin, x0 = Exact(), rf.randn(500, 2, seed=11)
+    recipe = PeRFlow(train=train, windows=2, teacher_steps=4, teacher_solver="midpoint")
     data = GAUSSIAN.sample(2000, seed=3)
     result = train_recipe(recipe, TwoWindows(), data, teacher=origin)
     assert miss(result.ema, x0) < 0.06 < 0.2 < miss(origin, x0)
@@ -246,15 +246,15 @@ class TwoWindows(nn.Module):
         return first * self.each[0](x, t) + (1 - first) * self.each[1](x, t)
 
 
-class Plain(nn.Module):
-    """The velocity field of a noise prediction, and nothing else of it."""
+class Exact(nn.Module):
+    """The Gaussian's velocity field as a network."""
 
-    def __init__(self, prediction):
+    def __init__(self):
         super().__init__()
-        self.inner, self.sample_shape = prediction, prediction.sample_shape
+        self.unused, self.sample_shape = nn.Parameter(torch.zeros(1)), (2,)
 
     def forward(self, x, t):
-        return self.inner(x, t)
+        return GAUSSIAN(x, t)
 
 
 def test_bad_options():

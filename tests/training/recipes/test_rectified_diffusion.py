@@ -101,7 +101,7 @@ def test_a_small_student_becomes_first_order(tmp_path):
     origin = exact_teacher()
     pairs = make_pairs(origin, 4000, (2,), folder=tmp_path / "p", steps=12, batch=4000)
     train = TrainConfig(
-        steps=350, batch_size=256, learning_rate=5e-3, ema_decay=0.99, holdout=0.1, log_every=350
+        steps=300, batch_size=256, learning_rate=5e-3, ema_decay=0.99, holdout=0.1, log_every=350
     )
     result = train_recipe(RectifiedDiffusion(train=train), student(), teacher=origin, pairs=pairs)
     x0, truth = rf.randn(1500, 2, seed=11), MIXTURE.sample(1500, seed=12)
@@ -287,13 +287,13 @@ def test_a_consistent_student_in_one_step_and_after_an_interruption(tmp_path):
     is part of the checkpoint."""
     origin, data = exact_teacher(), MIXTURE.sample(4000, seed=3)
     train = TrainConfig(
-        steps=400,
+        steps=300,
         batch_size=256,
         learning_rate=5e-3,
         ema_decay=0.95,
         holdout=0.0,
-        log_every=200,
-        checkpoint_every=200,
+        log_every=100,
+        checkpoint_every=250,
     )
     recipe = RectifiedDiffusionConsistency(train=train, grid_steps=10)
     whole = train_recipe(recipe, student(), data, teacher=origin, run=tmp_path / "run")
@@ -302,11 +302,11 @@ def test_a_consistent_student_in_one_step_and_after_an_interruption(tmp_path):
         name: float(metrics.energy_distance(rf.sampling.ddim(net, x0, steps=1), truth))
         for name, net in (("teacher", origin), ("student", whole.ema))
     }
-    assert energy["student"] < 0.1 < 0.5 < energy["teacher"]
+    assert energy["student"] < 0.06 < 0.5 < energy["teacher"]
 
-    for file in (tmp_path / "run" / "checkpoints" / "step-400").iterdir():
+    for file in (tmp_path / "run" / "checkpoints" / "step-300").iterdir():
         file.unlink()
-    (tmp_path / "run" / "checkpoints" / "step-400").rmdir()
+    (tmp_path / "run" / "checkpoints" / "step-300").rmdir()
     again = train_recipe(recipe, student(), data, teacher=origin, run=tmp_path / "run", resume=True)
     for net, other in ((whole.model, again.model), (whole.ema, again.ema)):
         for name, value in net.state_dict().items():
