@@ -1,2 +1,2 @@
-"""The `rfkernels` command: one file per subcommand, main.py around them, and what they share (drawing from a run,
-quality, pictures, the report, output, options)."""
+"""The `rfkernels` command: one file per subcommand, main.py around them, and what they share (quality,
+pictures, plots, reports, output, options)."""

@@ -161,7 +161,7 @@ def _show(outcome) -> None:
 
 def _write(out: Path, outcome, plan, command: str, total: float, chosen: dict) -> None:
     """Pictures, tables and the report."""
-    from rfkernels.cli.pictures import quality_plot
+    from rfkernels.cli.plots import quality_plot
     from rfkernels.cli.quality import quality_rows
     from rfkernels.cli.report import demo_picture, html_report
 

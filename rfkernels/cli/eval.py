@@ -1,49 +1,89 @@
-"""`rfkernels eval`: quality against the number of steps, for one run or several side by side."""
+"""`rfkernels eval`: quality against the number of evaluations, for runs and solvers side by side."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from rfkernels.cli.options import Device, Quiet, choose_device, given
-from rfkernels.cli.output import check_folder, console, fresh_folder, say, write_bytes, write_csv
+from rfkernels.cli.options import Device, Quiet, choose_device
+from rfkernels.cli.output import (
+    check_folder,
+    console,
+    fresh_folder,
+    say,
+    write_bytes,
+    write_csv,
+    write_json,
+)
+from rfkernels.cli.quality import json_values, shown_columns
+from rfkernels.metrics.evaluate import Evaluation
 
-# Samples of an endless data set stand for training and held-out data; those drawn in training have small indices.
-_STREAM_SIZE, _STREAM_START = 2000, 2**40
+__all__ = ["Cache", "Dataset", "Draws", "Features", "Guidance", "Runs", "Seed", "evaluate"]
+
+# Options that `rfkernels compare` takes alike.
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Folders of runs on the same data.")
+]
+Dataset = Annotated[
+    str | None, typer.Option(help="The real data.", show_default="what a run was trained on")
+]
+Features = Annotated[
+    str,
+    typer.Option(
+        help="What samples are compared by: pixels, classifier, efficientnet-lite0, "
+        "inception:PATH or random-conv."
+    ),
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance scale, for conditional runs.")
+]
+Draws = Annotated[int, typer.Option(help="Sets of samples that measures are averaged over.")]
+Seed = Annotated[int, typer.Option(help="Of the noise, the same for all runs.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where --features classifier keeps its trained network."),
+]
 
 
 def evaluate(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs on the same data.")
-    ],
+    runs: Runs,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where table and plot go.", show_default="rfkernels-eval"),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="The real data.", show_default="what a run was trained on")
-    ] = None,
+    dataset: Dataset = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps, with commas.")] = "1,2,4,8,32",
     solver: Annotated[
-        str, typer.Option(help="euler, midpoint, heun, rk4, ab2 or taylor.")
-    ] = "euler",
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale, for conditional runs.")
+        list[str] | None,
+        typer.Option(
+            help="euler, midpoint, heun, rk4, ab2, taylor or dopri5; give it again for another.",
+            show_default="each run's own",
+        ),
     ] = None,
-    draws: Annotated[
-        int, typer.Option(help="Sets of samples that the 1-NN test is averaged over.")
-    ] = 5,
-    seed: Annotated[int, typer.Option(help="Of the noise, the same for all runs.")] = 0,
+    features: Features = "pixels",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="frechet, one-nn, kid, energy, precision-recall, density-coverage, straightness or "
+            "transport-cost; give it again for another.",
+            show_default="frechet, one-nn, energy",
+        ),
+    ] = None,
+    guidance: Guidance = None,
+    draws: Draws = 5,
+    seed: Seed = 0,
+    cache: Cache = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure runs at several numbers of steps: a table, a plot and a CSV file.
+    """Measure runs at several numbers of steps: a table, a plot, a CSV and a JSON file.
 
-    Frechet distance of the pixels (or numbers) to the training data, accuracy of a 1-nearest-neighbour test against
-    held-out data (0.5 is ideal), median distance to the nearest training sample, energy distance to held-out data.
+    Fréchet distance to the training data, accuracy of a 1-nearest-neighbour test against held-out data (0.5 is ideal),
+    energy distance to held-out data, and always memorisation: the median distance to the nearest training sample over
+    that of held-out data (1 is new, 0 is a copy). docs/evaluation.md says what each misses.
 
     [bold]Examples[/]
 
@@ -51,66 +91,49 @@ def evaluate(
 
       rfkernels eval runs/digits runs/digits-2rf runs/digits-1step --out comparison
 
-      rfkernels eval runs/moons --steps 1,4,16 --solver heun
+      rfkernels eval runs/digits --solver euler --solver heun --solver dopri5 --steps 1,2,4,8
+
+      rfkernels eval runs/digits --features classifier --metric frechet --metric kid --metric precision-recall
     """
-    import torch
+    from rfkernels import metrics
+    from rfkernels.cli.pictures import require_pictures
+    from rfkernels.cli.plots import evaluation_plot
+    from rfkernels.metrics.yardstick import DEFAULT_METRICS
 
-    from rfkernels.cli.pictures import quality_plot, require_pictures
-    from rfkernels.cli.quality import Yardstick, measure_steps, quality_rows
-    from rfkernels.metrics.drawer import Drawer
-    from rfkernels.training import load
-    from rfkernels.training.progress import Bar
-
-    counts = _counts(steps)
-    if draws < 1:
-        raise ValueError(f"draws: must be at least 1; got {draws}")
-    if seed < 0:
-        raise ValueError(f"seed: must not be negative; got {seed}")
+    counts = step_counts(steps)
     require_pictures()
     if out is not None:
         check_folder("out", out)
-    target = choose_device(device)
-    loaded = {_name(run, runs): load(run, device=target) for run in runs}
-    drawers = {name: Drawer(run, guidance=guidance) for name, run in loaded.items()}
-    train, held_out = _real_data(list(loaded.values()), dataset)
-    for name, drawer in drawers.items():
-        if drawer.sample_shape != tuple(train.shape[1:]):
-            raise ValueError(
-                f"runs: {name} makes samples of the shape {drawer.sample_shape}; the data has {tuple(train.shape[1:])}"
-            )
-    yardstick = Yardstick(train, held_out, draws)
-    index = torch.arange(yardstick.count)
-    curves = {}
-    with Bar("eval", len(drawers) * len(counts), show=not quiet) as bar:
-        for name, drawer in drawers.items():
-            curves[name], _ = measure_steps(
-                lambda n, d=drawer: d.draw(index, seed=seed, steps=n, solver=solver)[0],
-                yardstick,
-                counts,
-                bar.advance,
-            )
+    found = metrics.evaluate(
+        runs,
+        dataset,
+        steps=counts,
+        solvers=solver,
+        features=features,
+        metrics=metric or DEFAULT_METRICS,
+        draws=draws,
+        guidance=guidance,
+        seed=seed,
+        device=choose_device(device),
+        cache=cache,
+        progress=not quiet,
+    )
     out = fresh_folder("rfkernels-eval") if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    points = len(train.shape) == 2
-    plot = quality_plot(
-        curves,
-        solver=solver,
-        gaussian=yardstick.measure(yardstick.gaussian(seed)),
-        **(
-            {"distance": "energy", "distance_name": "energy distance to held-out data"}
-            if points
-            else {}
-        ),
-    )
-    write_csv(out / "quality.csv", quality_rows(curves))
-    write_bytes(out / "quality.png", plot)
-    console.print(_table(curves, yardstick))
-    for name in ("quality.csv", "quality.png"):
+    write_csv(out / "quality.csv", found.table())
+    write_json(out / "quality.json", json_values(found))
+    write_bytes(out / "quality.png", evaluation_plot(found))
+    console.print(quality_table(found))
+    for name in ("quality.csv", "quality.json", "quality.png"):
         say(f"  {out / name}")
 
 
-def _counts(text: str) -> list[int]:
-    """The numbers of steps in "1,2,4"."""
+def step_counts(text: str) -> list[int]:
+    """The numbers of steps in "1,2,4".
+
+    Raises:
+        ValueError: no whole numbers, or one below 1.
+    """
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -122,69 +145,39 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _name(run: Path, runs: list[Path]) -> str:
-    """What the run is called in the table: its folder's name, or its path where that is not enough."""
-    if len({r.resolve() for r in runs}) < len(runs):
-        raise ValueError("runs: one of them is given twice")
-    names = [r.resolve().name for r in runs]
-    return run.resolve().name if names.count(run.resolve().name) == 1 else str(run)
-
-
-def _real_data(runs: list[Any], dataset: str | None) -> tuple[Any, Any]:
-    """(training, held-out) samples: split as the first run's training split them.
-
-    Raises:
-        ValueError: no run says what it was trained on, and no data set is given.
-    """
-    import torch
-
-    from rfkernels.data import DATASETS, load_dataset, split
-
-    trained = next((run for run in runs if run.kind == "train"), None)
-    if dataset is None:
-        described = {} if trained is None else trained.description.get("data", {})
-        dataset = described.get("name")
-        if dataset not in DATASETS:
-            what = (
-                "the runs were trained on pairs"
-                if trained is None
-                else f"{dataset!r} is a file or folder"
-            )
-            raise ValueError(f"dataset: must be given, {what}; got none")
-        # An endless toy is another one for every seed of its own.
-        options = given(seed=described.get("seed")) if described.get("size") is None else {}
-        data = load_dataset(dataset, **options)
-    else:
-        shape = runs[0].sample_shape
-        folder = {"image_size": shape[-1], "channels": shape[0]} if Path(dataset).is_dir() else {}
-        data = load_dataset(dataset, **folder)
-    if data.size is None:
-        index = torch.arange(_STREAM_START, _STREAM_START + 2 * _STREAM_SIZE)
-        x = data.rows(index).x
-        return x[:_STREAM_SIZE], x[_STREAM_SIZE:]
-    source = trained or runs[0]
-    config = source.config if source.kind == "train" else source.config.train
-    part, held_out = split(data, config.holdout or 0.1, config.seed)
-    return part.x, held_out.x
-
-
-def _table(curves: dict[str, dict[int, Any]], yardstick: Any) -> Table:
-    table = Table(title="Quality against the number of steps", title_justify="left")
-    table.add_column("run", style="bold")
-    for title in ("steps", "Fréchet", "1-NN accuracy", "nearest train", "energy"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, curve in curves.items():
-        for i, (n, q) in enumerate(curve.items()):
-            table.add_row(
-                name if i == 0 else "",
-                str(n),
-                f"{q.frechet:.4g}",
-                f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}",
-                f"{q.nearest:.3g}",
-                f"{q.energy:.4f}",
-                end_section=i == len(curve) - 1,
-            )
-    table.add_row(
-        "held-out data", "", "", "0.5 is ideal", f"{yardstick.held_out_nearest():.3g}", ""
+def quality_table(evaluation: Evaluation) -> Table:
+    """The evaluation for a terminal, with what real data scores below it."""
+    settings = evaluation.settings
+    columns = shown_columns(evaluation)
+    table = Table(
+        title=f"Quality against the number of evaluations, by {settings['features']} "
+        f"({settings['samples']} samples each)",
+        title_justify="left",
     )
+    solvers = len({row.solver for row in evaluation.rows}) > 1
+    table.add_column("run", style="bold")
+    if solvers:
+        table.add_column("solver")
+    for title in ("steps", "NFE", *(column.title for column in columns)):
+        table.add_column(title, justify="right", no_wrap=title not in ("nearest train",))
+    last = None
+    for i, row in enumerate(evaluation.rows):
+        after = evaluation.rows[i + 1] if i + 1 < len(evaluation.rows) else None
+        table.add_row(
+            row.run if row.run != last else "",
+            *([row.solver] if solvers else []),
+            "" if row.steps is None else str(row.steps),
+            f"{row.nfe:.4g}",
+            *(column.cell(row.values) for column in columns),
+            end_section=after is None or after.run != row.run,
+        )
+        last = row.run
+    empty = ["", ""] + [""] * solvers
+    table.add_row(
+        "fitted Gaussian", *empty, *(column.cell(evaluation.gaussian) for column in columns)
+    )
+    real = (
+        "0.5 is ideal" if c.key == "one_nn_accuracy" else c.cell(evaluation.real) for c in columns
+    )
+    table.add_row("held-out data", *empty, *real)
     return table

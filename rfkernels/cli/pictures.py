@@ -1,4 +1,4 @@
-"""Pictures: labelled rows of samples, and quality against the number of steps. Both come back as PNG bytes.
+"""Pictures of images: grids, labelled rows, and tables of grids. All come back as PNG bytes.
 
 Needs the extra `demo` (Pillow, matplotlib); they are imported at first use, so that the other commands do without.
 """
@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 
-if TYPE_CHECKING:
-    from rfkernels.cli.quality import Quality
-
 __all__ = [
     "COLOURS",
+    "FAINT",
+    "INK",
+    "grid_table",
     "is_image",
     "one_grid",
-    "point_cloud",
-    "quality_plot",
     "require_pictures",
     "sample_rows",
 ]
 
 # Okabe-Ito: told apart by every kind of colour vision; a model keeps its colour in plots, labels and the report.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_SOLVERS = {"euler": "Euler", "heun": "Heun", "rk4": "RK4", "ab2": "AB2", "taylor": "Taylor"}
-_INK, _FAINT = "#24292f", "#6b7280"
+INK, FAINT = "#24292f", "#6b7280"
 
 
 def require_pictures() -> None:
@@ -75,19 +71,63 @@ def _png(picture: torch.Tensor) -> bytes:
     return stream.getvalue()
 
 
-def one_grid(x: torch.Tensor) -> bytes:
-    """Images (N, C, H, W) in [-1, 1] in a nearly square grid with thin gaps, enlarged to whole pixels."""
+def one_grid(x: torch.Tensor, columns: int | None = None, side: int = 48) -> bytes:
+    """Images (N, C, H, W) in [-1, 1] in a grid with thin gaps, nearly square unless `columns` says otherwise.
+
+    Each is enlarged by whole pixels to about `side`.
+    """
+    return _png(_grid(x, columns or math.ceil(math.sqrt(len(x))), side))
+
+
+def _grid(x: torch.Tensor, columns: int, side: int) -> torch.Tensor:
     pixels = _pixels(x)
     count, height, width, _ = pixels.shape
-    scale, gap = _enlarged(max(height, width), 48), 2
-    columns = math.ceil(math.sqrt(count))
+    scale, gap = _enlarged(max(height, width), side), 2
     rows = math.ceil(count / columns)
     high, wide = height * scale + gap, width * scale + gap
     picture = torch.full((rows * high + gap, columns * wide + gap, 3), 255, dtype=torch.uint8)
     for i, image in enumerate(pixels):
         top, left = gap + (i // columns) * high, gap + (i % columns) * wide
         picture[top : top + height * scale, left : left + width * scale] = _tile(image, scale)
-    return _png(picture)
+    return picture
+
+
+def grid_table(
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[str],
+    cells: Sequence[Sequence[torch.Tensor | None]],
+    across: int,
+) -> bytes:
+    """Grids of images in a table, so that the same place in every grid is the same noise.
+
+    Args:
+        columns: (title, colour) each.
+        rows: their labels.
+        cells: a row of images (N, C, H, W) in [-1, 1] a row, None for an empty place.
+        across: images side by side in a grid.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    grids = [[None if x is None else _grid(x, across, 32) for x in members] for members in cells]
+    high, wide, _ = next(g for members in grids for g in members if g is not None).shape
+    left, heading, gap = 92, 40, 16
+    size = (left + len(columns) * (wide + gap), heading + len(rows) * (high + gap))
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
+    for j, (title, colour) in enumerate(columns):
+        x = left + j * (wide + gap)
+        draw.rectangle((x + 2, heading - 7, x + wide - 3, heading - 4), fill=colour)
+        draw.text((x + 2, heading / 2 - 3), title, fill=colour, font=title_font, anchor="lm")
+    for i, (label, members) in enumerate(zip(rows, grids, strict=True)):
+        top = heading + i * (high + gap)
+        draw.text((left - 14, top + high / 2), label, fill=INK, font=label_font, anchor="rm")
+        for j, grid in enumerate(members):
+            if grid is not None:
+                picture.paste(Image.fromarray(grid.numpy()), (left + j * (wide + gap), top))
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
 
 
 def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tensor]]]]) -> bytes:
@@ -122,100 +162,11 @@ def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tenso
         )
         top += heading
         for label, images in members:
-            draw.text((left - 12, top + high / 2), label, fill=_INK, font=label_font, anchor="rm")
+            draw.text((left - 12, top + high / 2), label, fill=INK, font=label_font, anchor="rm")
             for column, image in enumerate(_pixels(images)):
                 tile = Image.fromarray(_tile(image, scale).numpy())
                 picture.paste(tile, (left + column * (wide + gap), top))
             top += high + gap
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
-    return stream.getvalue()
-
-
-def quality_plot(
-    curves: Mapping[str, Mapping[int, Quality]],
-    *,
-    distance: str = "frechet",
-    distance_name: str = "Fréchet distance of the pixels",
-    solver: str = "euler",
-    gaussian: Quality | None = None,
-) -> bytes:
-    """Two panels against the number of steps (logarithmic): a distance, and the 1-nearest-neighbour accuracy.
-
-    Args:
-        curves: model -> steps -> quality.
-        distance: the field of Quality in the left panel, and `distance_name` its title.
-        solver: whose steps they are.
-        gaussian: drawn as a dashed line, for comparison.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = sorted({n for curve in curves.values() for n in curve})
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        style = {
-            "color": colour,
-            "marker": "o",
-            "markersize": 5,
-            "linewidth": 2,
-            "label": name,
-            "clip_on": False,
-        }
-        at = sorted(curve)
-        left.plot(at, [getattr(curve[n], distance) for n in at], **style)
-        right.plot(at, [curve[n].one_nn for n in at], **style)
-    if gaussian is not None:
-        style = {"color": _FAINT, "linestyle": (0, (5, 4)), "linewidth": 1.2, "zorder": 0}
-        left.axhline(getattr(gaussian, distance), label="a Gaussian fitted to the data", **style)
-        right.axhline(gaussian.one_nn, label="a Gaussian fitted to the data", **style)
-    right.axhline(
-        0.5, color=_FAINT, linewidth=1.2, linestyle=(0, (1, 2)), label="cannot be told apart"
-    )
-    left.set_title(distance_name)
-    left.set_yscale("log", nonpositive="clip")  # an unbiased energy distance may fall below zero
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    low = min([0.5, *(q.one_nn for curve in curves.values() for q in curve.values())])
-    right.set(
-        title="1-NN accuracy: telling samples from real data", ylim=(min(0.47, low - 0.03), 1.01)
-    )
-    for panel in (left, right):
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(steps, [str(n) for n in steps])
-        panel.set_xlabel(f"{_SOLVERS.get(solver, solver)} steps per sample", color=_FAINT)
-        panel.title.set(fontsize=11.5, color=_INK, fontweight="bold")
-        panel.tick_params(colors=_FAINT, which="both", length=3)
-        panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        panel.set_axisbelow(True)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            panel.spines[side].set_color("#c4c9cf")
-    right.legend(frameon=False, fontsize=9.5, labelcolor=_INK)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor="white")
-    return stream.getvalue()
-
-
-def point_cloud(x: torch.Tensor) -> bytes:
-    """A scatter plot of points (N, 2)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), dpi=150, layout="constrained")
-    panel = figure.subplots()
-    panel.scatter(
-        x[:, 0],
-        x[:, 1],
-        s=max(2.0, min(20.0, 4000 / len(x))),
-        color=COLOURS[1],
-        alpha=0.6,
-        linewidths=0,
-    )
-    panel.set_aspect("equal", "datalim")
-    panel.tick_params(colors=_FAINT, length=3)
-    for side, spine in panel.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#c4c9cf")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor="white")
     return stream.getvalue()

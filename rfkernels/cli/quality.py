@@ -1,38 +1,104 @@
-"""How good samples are, in two measures that fail differently, and a third that watches for copying.
+"""How the measures are shown: their columns in tables, plots and reports; and the demo's fixed set of them.
 
-* Frechet distance between Gaussians fitted to the pixels of the samples and of the training data. It sees means and
-  covariances only: a Gaussian fitted to the data scores near zero while its samples are no digits.
-* Accuracy of a 1-nearest-neighbour classifier that tells samples from held-out data, leave-one-out over equal numbers
-  of both (Lopez-Paz & Oquab, 2017): 0.5 cannot be told apart, 1.0 always told apart. It sees what the first does not.
-* Median distance to the nearest training sample: far below that of held-out data, the model would be copying.
+What each measure sees is said in `rfkernels.metrics.yardstick`, which computes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rfkernels.metrics import (
-    energy_distance,
-    frechet_distance,
-    gaussian_statistics,
-    nearest_distance,
-    nearest_neighbour_test,
-)
-from rfkernels.ops.random import derive_seed, randn
+import rfkernels.metrics as metrics
+from rfkernels.metrics.evaluate import Evaluation, finite
 
-_MOST_NUMBERS = 1024  # per sample; the Frechet distance takes the cube of it
-
-__all__ = ["STEPS", "Quality", "Yardstick", "measure_steps", "quality_rows"]
+__all__ = [
+    "COLUMNS",
+    "STEPS",
+    "Column",
+    "Quality",
+    "Yardstick",
+    "json_values",
+    "measure_steps",
+    "quality_rows",
+    "shown_columns",
+]
 
 STEPS = (1, 2, 4, 8, 32)
 
 
 @dataclass(frozen=True)
+class Column:
+    """One measure as tables and plots show it.
+
+    Attributes:
+        key: of `EvaluationRow.values`.
+        title: a table's heading, a plot's title.
+        form: how numbers are written.
+        ideal: what the best samples have, None where a table need not say.
+        log: whether its axis is logarithmic.
+        spread: the key of its standard deviation or error.
+    """
+
+    key: str
+    title: str
+    form: str = ".4g"
+    ideal: float | None = None
+    log: bool = False
+    spread: str | None = None
+
+    def cell(self, values: dict[str, float]) -> str:
+        """The number with its spread; empty where there is none."""
+        value = values.get(self.key)
+        if value is None:
+            return ""
+        spread = values.get(self.spread) if self.spread else None
+        text = format(value, self.form)
+        return (
+            text
+            if spread is None or math.isnan(spread)
+            else f"{text} ± {format(spread, self.form)}"
+        )
+
+
+COLUMNS = (
+    Column("frechet_distance", "Fréchet", log=True),
+    Column("one_nn_accuracy", "1-NN accuracy", ".3f", 0.5, spread="one_nn_accuracy_std"),
+    Column("kernel_distance", "KID", ".3g", log=True, spread="kernel_distance_error"),
+    Column("energy_distance", "energy", log=True),
+    Column("precision", "precision", ".3f"),
+    Column("recall", "recall", ".3f"),
+    Column("density", "density", ".3f", 1.0),
+    Column("coverage", "coverage", ".3f"),
+    Column("straightness", "straightness", ".3g"),
+    Column("transport_cost", "transport cost", ".4g"),
+    Column("nearest_training_distance", "nearest train", ".3g"),
+    Column("memorisation_ratio", "memorisation", ".3f", 1.0),
+    Column("close_share", "close", ".3f", 0.05),
+)
+
+
+def shown_columns(evaluation: Evaluation) -> list[Column]:
+    """The columns that an evaluation has."""
+    keys = {key for row in evaluation.rows for key in row.values}
+    return [column for column in COLUMNS if column.key in keys]
+
+
+def json_values(evaluation: Evaluation) -> dict[str, object]:
+    """Everything that was found, as JSON values."""
+    return {
+        "settings": evaluation.settings,
+        "rows": evaluation.table(),
+        "real_data": finite(evaluation.real),
+        "fitted_gaussian": finite(evaluation.gaussian),
+    }
+
+
+@dataclass(frozen=True)
 class Quality:
-    """What `Yardstick.measure` finds.
+    """The demo's measures of one set of samples.
 
     Attributes:
         frechet: pixel Frechet distance to the training data, 0 at best; not meaningful for a handful of samples.
@@ -49,70 +115,25 @@ class Quality:
     energy: float
 
 
-def _numbers(x: torch.Tensor) -> torch.Tensor:
-    """(N, D): the samples flattened; images of more than 1024 numbers are first averaged over squares to at most that."""
-    factor = 1
-    while x.dim() == 4 and x[0].numel() > _MOST_NUMBERS * factor**2:
-        factor += 1
-    return (x if factor == 1 else torch.nn.functional.avg_pool2d(x, factor)).flatten(1)
-
-
 class Yardstick:
-    """The real data that samples are held against: training and held-out samples, flattened.
-
-    Images of more than 1024 numbers are compared after averaging over squares of pixels, down to at most that many.
-
-    Args:
-        train: (N, ...) what the model was trained on.
-        held_out: (M, ...) what it never saw.
-        draws: how many sets of M samples the 1-nearest-neighbour test is averaged over.
-
-    Raises:
-        ValueError: fewer than two samples on either side.
-    """
+    """The demo's real data, measured in pixels; takes what `rfkernels.metrics.Yardstick` takes."""
 
     def __init__(self, train: torch.Tensor, held_out: torch.Tensor, draws: int = 10) -> None:
-        self.train, self.held_out, self.draws = _numbers(train), _numbers(held_out), draws
-        for name, side in (("training", self.train), ("held-out", self.held_out)):
-            if len(side) < 2:
-                raise ValueError(
-                    f"data: needs at least two {name} samples to compare with; got {len(side)}"
-                )
-        self._statistics = gaussian_statistics(self.train)
-
-    @property
-    def count(self) -> int:
-        """How many samples `measure` wants: a whole number of draws."""
-        return self.draws * len(self.held_out)
+        self._measures = metrics.Yardstick(train, held_out, draws)
+        self.count = self._measures.count
+        self.gaussian = self._measures.gaussian
+        self.held_out_nearest = self._measures.held_out_nearest
 
     def measure(self, samples: torch.Tensor) -> Quality:
         """The quality of (count, ...) samples."""
-        samples = _numbers(samples)
-        accuracies = torch.tensor(
-            [
-                float(nearest_neighbour_test(part, self.held_out))
-                for part in samples.split(len(self.held_out))
-            ]
-        )
+        found = self._measures.measure(samples)
         return Quality(
-            frechet=float(frechet_distance(samples, self._statistics)),
-            one_nn=float(accuracies.mean()),
-            one_nn_spread=float(accuracies.std(correction=0)),
-            nearest=float(nearest_distance(samples, self.train).median()),
-            energy=float(energy_distance(samples[: 4 * len(self.held_out)], self.held_out)),
+            frechet=found["frechet_distance"],
+            one_nn=found["one_nn_accuracy"],
+            one_nn_spread=found["one_nn_accuracy_std"],
+            nearest=found["nearest_training_distance"],
+            energy=found["energy_distance"],
         )
-
-    def held_out_nearest(self) -> float:
-        """Median distance of the held-out data to the nearest training sample: what honest samples have."""
-        return float(nearest_distance(self.held_out, self.train).median())
-
-    def gaussian(self, seed: int) -> torch.Tensor:
-        """(count, D) samples of the Gaussian with the mean and covariance of the training data."""
-        data = self.train.double()
-        values, vectors = torch.linalg.eigh(torch.cov(data.T))
-        root = vectors * values.clamp(min=0).sqrt()
-        noise = randn(self.count, data.shape[1], seed=derive_seed(seed, "gaussian"))
-        return (data.mean(0) + noise.double() @ root.T).float()
 
 
 def measure_steps(

@@ -1,4 +1,4 @@
-"""The demo's pictures and its HTML report: one file, no scripts, nothing loaded from elsewhere."""
+"""HTML reports, one file each, no scripts, nothing loaded from elsewhere; and the demo's report and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rfkernels.cli.demo_run import Outcome
     from rfkernels.cli.quality import Quality
 
-__all__ = ["demo_picture", "html_report"]
+__all__ = ["demo_picture", "html_report", "image_tag", "page"]
 
 _TITLES = {
     "1-RF": "1-RF: trained on noise and digits paired at random",
@@ -24,9 +24,13 @@ _TITLES = {
 }
 
 
-def _page() -> string.Template:
-    file = importlib.resources.files("rfkernels.cli") / "report_page.html"
-    return string.Template(file.read_text(encoding="utf-8"))
+def page(name: str, **parts: str) -> str:
+    """The page of that name with its parts filled in, each of them HTML; the style is shared by all."""
+    folder = importlib.resources.files("rfkernels.cli")
+    template, style = (
+        (folder / file).read_text(encoding="utf-8") for file in (name, "report_style.css")
+    )
+    return string.Template(template).substitute(parts, style=style, version=escape(__version__))
 
 
 def _steps(n: int) -> str:
@@ -42,7 +46,8 @@ def demo_picture(outcome: Outcome) -> bytes:
     return sample_rows(groups)
 
 
-def _image(png: bytes, text: str) -> str:
+def image_tag(png: bytes, text: str) -> str:
+    """A picture inside the page."""
     return (
         f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
     )
@@ -113,14 +118,15 @@ def html_report(
         )
     )
     stages = ", ".join(f"{name} {value:.0f} s" for name, value in outcome.seconds.items())
-    return _page().substitute(
+    return page(
+        "report_page.html",
         cards=cards,
         dataset=escape(dataset),
         side=side,
-        train=outcome.sizes[0],
-        held_out=outcome.sizes[1],
+        train=str(outcome.sizes[0]),
+        held_out=str(outcome.sizes[1]),
         parameters=f"{outcome.parameters / 1e6:.1f}",
-        most=most,
+        most=str(most),
         one_nn_first=f"{first[most].one_nn:.2f}",
         one_nn_second=f"{second[1].one_nn:.2f}",
         one_nn_gaussian=f"{outcome.gaussian.one_nn:.2f}",
@@ -128,11 +134,10 @@ def html_report(
         cost_before=f"{outcome.cost['independent']:.0f}",
         cost_after=f"{outcome.cost['1-RF']:.0f}",
         near=f"{outcome.held_out_nearest:.2f}",
-        samples=_image(samples, "Rows of generated digits for each model and number of steps"),
-        plot=_image(plot, "Quality against the number of steps"),
+        samples=image_tag(samples, "Rows of generated digits for each model and number of steps"),
+        plot=image_tag(plot, "Quality against the number of steps"),
         quality=_quality_table(outcome),
         flows=_flow_table(outcome),
         command=escape(command),
         stages=escape(stages),
-        version=escape(__version__),
     )

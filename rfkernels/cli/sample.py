@@ -63,7 +63,8 @@ def sample(
     """
     import torch
 
-    from rfkernels.cli.pictures import is_image, one_grid, point_cloud, require_pictures
+    from rfkernels.cli.pictures import is_image, one_grid, require_pictures
+    from rfkernels.cli.plots import point_cloud
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.training import load
 

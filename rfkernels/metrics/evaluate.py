@@ -60,9 +60,12 @@ class Evaluation:
     samples: dict[tuple[str, str, int | None], Tensor] = field(default_factory=dict)
 
     def table(self) -> list[dict[str, Any]]:
-        """One flat dict a row, for CSV and JSON; a number that is not finite is None."""
+        """One flat dict a row, for CSV and JSON, all with the same keys; None for a measure that a row
+        lacks or that is not finite."""
+        blank = dict.fromkeys(key for row in self.rows for key in row.values)
         return [
             {"model": r.run, "solver": r.solver, "steps": r.steps, "nfe": round(r.nfe, 2)}
+            | blank
             | finite(r.values)
             for r in self.rows
         ]

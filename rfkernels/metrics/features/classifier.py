@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from rfkernels.data.dataset import epoch_order
 from rfkernels.metrics.features.network import FeatureNetwork, check_images, read_weights
@@ -44,10 +45,10 @@ class Classifier(FeatureNetwork):
             widths.append(min(2 * widths[-1], 128))
         pairs = zip([channels, *widths], widths, strict=False)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1)
+            skip_init(nn.Conv2d, a, b, 3, stride=1 if i == 0 else 2, padding=1)
             for i, (a, b) in enumerate(pairs)
         )
-        self.head = nn.Linear(widths[-1], classes)
+        self.head = skip_init(nn.Linear, widths[-1], classes)
         for i, layer in enumerate([*self.convolutions, self.head]):
             scale = math.sqrt(2 / layer.weight[0].numel())
             key = derive_seed(seed, f"classifier {i}")

