@@ -56,6 +56,7 @@ from rfkernels.flow.schedules import (
     ScaledLinearBetas,
     SubVPSchedule,
     VPSchedule,
+    describe_schedule,
     get_schedule,
 )
 from rfkernels.flow.times import (
@@ -101,6 +102,7 @@ __all__ = [
     "VPPath",
     "VPSchedule",
     "convert",
+    "describe_schedule",
     "diffusers_from_velocity",
     "diffusers_sigma_from_time",
     "diffusers_timestep_from_time",

@@ -16,10 +16,13 @@ other at equal noise ratio: t = alpha / (alpha + sigma), x_t = x_k / (alpha + si
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ __all__ = [
     "ScaledLinearBetas",
     "SubVPSchedule",
     "VPSchedule",
+    "describe_schedule",
     "get_schedule",
 ]
 
@@ -262,13 +266,22 @@ _NAMED: dict[str, type[NoiseSchedule]] = {
 }
 
 
-def get_schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
+def describe_schedule(schedule: NoiseSchedule) -> dict[str, Any] | None:
+    """{"name": ..., its options}, which `get_schedule` takes; None for a class of the user's own."""
+    name = next((name for name, cls in _NAMED.items() if type(schedule) is cls), None)
+    return None if name is None else {"name": name, **dataclasses.asdict(schedule)}
+
+
+def get_schedule(schedule: str | Mapping[str, Any] | NoiseSchedule) -> NoiseSchedule:
     """The schedule of that name ("linear", "scaled-linear", "cosine", "vp", "sub-vp") with its
-    default options, or the object itself.
+    default options, of `describe_schedule`'s description, or the object itself.
 
     Raises:
         ValueError: for an unknown name. TypeError: for anything else.
     """
+    if isinstance(schedule, Mapping):
+        options = dict(schedule)
+        return type(get_schedule(options.pop("name", None)))(**options)
     if isinstance(schedule, str):
         if schedule not in _NAMED:
             raise ValueError(f"schedule: must be one of {', '.join(_NAMED)}; got {schedule!r}")

@@ -34,10 +34,10 @@ class NetworkWrapper(nn.Module):
 
     Args:
         network: a module, or any callable.
-        options: the other keyword arguments of the wrapper, plain numbers.
+        options: the other keyword arguments of the wrapper, as JSON values.
     """
 
-    def __init__(self, network: Network, **options: float) -> None:
+    def __init__(self, network: Network, **options: Any) -> None:
         super().__init__()
         if not callable(network):
             raise TypeError(
@@ -47,8 +47,7 @@ class NetworkWrapper(nn.Module):
         self.options: Mapping[str, Any] = options
         self.null_label = getattr(network, "null_label", None)
         shape = getattr(network, "sample_shape", None)
-        if shape is not None:
-            self.sample_shape = tuple(shape)
+        self.sample_shape = None if shape is None else tuple(shape)
 
 
 class EDMVelocity(NetworkWrapper):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfkernels.flow.schedules import NoiseSchedule, get_schedule
+from rfkernels.flow.schedules import NoiseSchedule, describe_schedule, get_schedule
+from rfkernels.models.denoisers import NetworkWrapper
 from rfkernels.ops.ode_step import linear_step
 
 __all__ = ["PREDICTIONS", "NoisePrediction"]
@@ -19,7 +20,7 @@ PREDICTIONS = ("epsilon", "v", "x1")
 _NARROW, _WIDE = 3e-4, 1e-6
 
 
-class NoisePrediction(nn.Module):
+class NoisePrediction(NetworkWrapper):
     """The velocity field of a diffusion network: velocity(x, t, **condition) on the straight path.
 
     The network is called as ``network(x_k, k, **condition)`` at states x_k = alpha_k x1 + sigma_k
@@ -46,8 +47,6 @@ class NoisePrediction(nn.Module):
         schedule: a name or object of ``rfkernels.flow``.
         prediction: "epsilon", "v" or "x1".
 
-    Attributes ``null_label`` and ``sample_shape`` are the network's.
-
     Raises:
         ValueError: for an unknown name. TypeError: for what is no network or schedule.
     """
@@ -58,25 +57,15 @@ class NoisePrediction(nn.Module):
         schedule: str | NoiseSchedule = "scaled-linear",
         prediction: str = "epsilon",
     ) -> None:
-        super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"network: must be a torch.nn.Module; got {type(network).__name__}")
         if prediction not in PREDICTIONS:
             raise ValueError(
                 f"prediction: must be one of {', '.join(PREDICTIONS)}; got {prediction!r}"
             )
-        self.network, self.schedule = network, get_schedule(schedule)
-        self.prediction = prediction
-
-    @property
-    def null_label(self) -> Any:
-        """The label that stands for no condition; None without one."""
-        return getattr(self.network, "null_label", None)
-
-    @property
-    def sample_shape(self) -> tuple[int, ...] | None:
-        """Shape of one sample; None where the network does not say."""
-        return getattr(self.network, "sample_shape", None)
+        schedule = get_schedule(schedule)
+        super().__init__(network, schedule=describe_schedule(schedule), prediction=prediction)
+        self.schedule, self.prediction = schedule, prediction
 
     def with_schedule(self, schedule: str | NoiseSchedule) -> NoisePrediction:
         """This network, not copied, on another schedule: to train and sample it with that one."""

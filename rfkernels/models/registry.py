@@ -20,6 +20,7 @@ from rfkernels.models.denoisers import (
 from rfkernels.models.diffusers_unet import DiffusersUNet
 from rfkernels.models.dit import DiT
 from rfkernels.models.mlp import MLPVelocity
+from rfkernels.models.noise_prediction import NoisePrediction
 from rfkernels.models.time_scaled import TimeScaled
 from rfkernels.models.unet import UNet
 
@@ -35,6 +36,7 @@ _MODELS: dict[str, type[nn.Module]] = {
 _WRAPPERS: dict[str, type[NetworkWrapper]] = {
     "denoiser-velocity": DenoiserVelocity,
     "edm-velocity": EDMVelocity,
+    "noise-prediction": NoisePrediction,
     "time-scaled": TimeScaled,
     "ve-velocity": VEVelocity,
     "vp-velocity": VPVelocity,
@@ -104,7 +106,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
             return {"name": name, "options": dict(model.options)}
     for name, cls in _WRAPPERS.items():
         if type(model) is cls:
-            network = describe(model.network)
-            options = {"network": network, **model.options}
-            return None if network is None else {"name": name, "options": options}
+            options = {"network": describe(model.network), **model.options}
+            # A network, or a schedule, of the user's own.
+            return None if None in options.values() else {"name": name, "options": options}
     return None

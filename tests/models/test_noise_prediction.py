@@ -180,3 +180,27 @@ def test_bad_arguments():
     for arguments in ({}, {"t": t, "index": t}):
         with pytest.raises(ValueError, match="give t or index"):
             NoisePrediction(nn.Identity())(x, **arguments)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", rf.flow.LinearBetas(steps=50)])
+def test_a_run_of_it_loads_from_its_folder(tmp_path, schedule):
+    inner = rf.models.TimeScaled(
+        rf.models.build("mlp", seed=0, sample_shape=(2,), width=16, depth=1), scale=1e-3
+    )
+    model = NoisePrediction(inner, schedule, "v")
+    config = rf.training.TrainConfig(steps=2, batch_size=4, tensorboard=False)
+    rf.training.train_flow(model, rf.randn(16, 2, seed=1), config, run=tmp_path / "run")
+    loaded = rf.training.load(tmp_path / "run", which="model").model
+    assert loaded.schedule == model.schedule
+    x, t = rf.randn(5, 2, seed=2), torch.linspace(0, 1, 5)
+    assert torch.equal(loaded(x, t), model(x, t))
+
+
+def test_a_schedule_of_the_users_own_is_not_described():
+    class Own(rf.flow.LinearBetas):
+        pass
+
+    assert (
+        rf.models.describe(NoisePrediction(rf.models.build("mlp", sample_shape=(2,)), Own()))
+        is None
+    )
