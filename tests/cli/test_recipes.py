@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,3 +259,11 @@ def test_a_named_distance_is_that_of_the_metrics():
     found = NamedDistance("perceptual:random-conv")(a, b)
     assert torch.equal(found, PerceptualDistance("random-conv")(a, b))
     assert found.shape == (3,)
+
+
+def test_the_guide_names_every_recipe():
+    guide = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    guide = re.sub("<!--.*?-->", "", guide, flags=re.DOTALL)
+    assert [name for name in RECIPES if name not in guide] == []
+    named = set(re.findall(r"--recipe ([a-z0-9-]+)", guide)) - {"list"}
+    assert named <= set(RECIPES), named - set(RECIPES)

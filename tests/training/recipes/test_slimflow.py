@@ -14,6 +14,7 @@ from rfkernels.data import toy
 from rfkernels.flow import GaussianMixtureFlow
 from rfkernels.training import TrainConfig, make_pairs, train_recipe
 from rfkernels.training.objective import Setting
+from rfkernels.training.processes import Processes
 from rfkernels.training.recipes import SlimFlowDistill, SlimFlowReflow
 from rfkernels.training.recipes.rectified_flow import FlowObjective
 from rfkernels.training.recipes.slimflow import two_step_target
@@ -211,6 +212,20 @@ def test_held_out_distance_is_to_the_pairs_alone():
     z, x1 = source.x0[:8].numpy(), source.x1[:8].numpy()
     expected = ((z + student.numpy(z, np.zeros(8)) - x1) ** 2).mean()
     assert objective.loss(student, objective.held_out()).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "recipe", [SlimFlowReflow(anneal=0.5, flip=True, train=TRAIN), SlimFlowDistill(train=TRAIN)]
+)
+def test_processes_share_the_samples_of_one(recipe):
+    source = Table()
+    whole = recipe.objective(Setting(source, TRAIN)).batch(2)
+    parts = [
+        recipe.objective(Setting(source, TRAIN, processes=Processes(rank, 4))).batch(2)
+        for rank in range(4)
+    ]
+    for name, value in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), value), name
 
 
 def test_two_steps_of_a_straight_teacher_are_one():
