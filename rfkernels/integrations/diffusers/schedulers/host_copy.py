@@ -1,0 +1,163 @@
+"""A schedule's tensors beside their numbers on the host, so that steps and look-ups read no device.
+
+Both classes notice when their tensor was changed in place and then read it once more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_TOLERANCE = 1e-6  # of num_train_timesteps: a few units in the last place of a float32 time
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts changes in place; an inference tensor keeps no count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class HostCopy:
+    """A 1-D tensor and its entries as Python numbers.
+
+    Args:
+        tensor: on any device.
+        known: its entries, where they are on the host already; else they are read at first use.
+    """
+
+    def __init__(self, tensor: torch.Tensor, known: np.ndarray | None = None) -> None:
+        self.tensor = tensor
+        self._read_at = _version(tensor)
+        self._values = None if known is None else known.tolist()
+
+    def values(self) -> list[float]:
+        """The entries."""
+        if self._values is None or self._read_at != _version(self.tensor):
+            self._values = self.tensor.tolist()
+            self._read_at = _version(self.tensor)
+            self._changed()
+        return self._values
+
+    def _changed(self) -> None:
+        """What was derived from the entries is stale."""
+
+
+class Levels(HostCopy):
+    """Noise levels and the steps between them."""
+
+    _steps: list[float] | None = None
+
+    def _changed(self) -> None:
+        self._steps = None
+
+    def steps(self) -> list[float]:
+        """Each level's difference to the next, rounded to float32."""
+        values = self.values()
+        if self._steps is None:
+            self._steps = np.diff(np.asarray(values, dtype=np.float32)).tolist()
+        return self._steps
+
+
+class TimeTable(HostCopy):
+    """Times with their places; of equal times the second place counts, the first where there is one only."""
+
+    def __init__(self, tensor: torch.Tensor, known: np.ndarray | None = None) -> None:
+        super().__init__(tensor, known)
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._on_device: tuple[torch.Tensor, torch.Tensor, list[float]] | None = None
+
+    def _changed(self) -> None:
+        self._sorted = self._on_device = None
+
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct times, ascending, and the place of each."""
+        values = self.values()
+        if self._sorted is None:
+            values = np.asarray(values, dtype=np.float64)
+            order = np.argsort(values, kind="stable")
+            distinct, first, counts = np.unique(
+                values[order], return_index=True, return_counts=True
+            )
+            self._sorted = distinct, order[first + (counts > 1)]
+        return self._sorted
+
+    def find(self, time: float | torch.Tensor, scale: int) -> int:
+        """The place of one time.
+
+        Args:
+            time: a number or a tensor of one element; an entry of the tensor itself is not read from its device.
+            scale: num_train_timesteps.
+
+        Raises:
+            IndexError: none is within rounding of it.
+        """
+        if isinstance(time, torch.Tensor):
+            place = self._entry(time)
+            time = time.item() if place is None else self.values()[place]
+        return int(self._places(np.asarray([time], dtype=np.float64), scale)[0])
+
+    def _entry(self, time: torch.Tensor) -> int | None:
+        """Which entry of the tensor a view is."""
+        whole = self.tensor
+        if (
+            type(time) is not torch.Tensor
+            or time.is_cpu
+            or time.numel() != 1
+            or time.dtype != whole.dtype
+            or time.device != whole.device
+            or time.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+        ):
+            return None
+        place = time.storage_offset() - whole.storage_offset()
+        return place if whole.is_contiguous() and 0 <= place < whole.numel() else None
+
+    def _places(self, times: np.ndarray, scale: int) -> np.ndarray:
+        distinct, places = self._table()
+        after = np.searchsorted(distinct, times).clip(max=len(distinct) - 1)
+        before = (after - 1).clip(min=0)
+        nearer = np.where(
+            np.abs(distinct[before] - times) < np.abs(distinct[after] - times), before, after
+        )
+        missed = ~(np.abs(distinct[nearer] - times) <= _TOLERANCE * scale)
+        if missed.any():
+            raise IndexError(
+                f"timestep must be an entry of the scheduler's timesteps; got {float(times[missed][0])!r}"
+            )
+        return places[nearer]
+
+    def levels(self, times: torch.Tensor, levels: Levels, scale: int) -> float | torch.Tensor:
+        """The levels at (B,) times, float32 and on their device; a float when there is one time.
+
+        Raises:
+            IndexError: a time on the host that is not there; on an accelerator its level is NaN instead.
+        """
+        if times.ndim != 1:
+            raise TypeError(
+                f"timestep must be 1-D, a time for every sample; got shape {tuple(times.shape)}"
+            )
+        if times.is_cpu:
+            places = self._places(times.detach().double().numpy(), scale)
+            values = levels.values()
+            if len(places) == 1:
+                return values[places[0]]
+            return torch.tensor([values[p] for p in places.tolist()], dtype=torch.float32)
+        distinct, level = self._device_table(times.device, levels)
+        times = times.to(distinct.dtype)
+        after = torch.searchsorted(distinct, times).clamp_(max=len(distinct) - 1)
+        before = (after - 1).clamp_(min=0)
+        nearer = torch.where(
+            (distinct[before] - times).abs() < (distinct[after] - times).abs(), before, after
+        )
+        known = (distinct[nearer] - times).abs() <= _TOLERANCE * scale
+        return torch.where(known, level[nearer], torch.nan)
+
+    def _device_table(
+        self, device: torch.device, levels: Levels
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        distinct, places = self._table()
+        values = levels.values()
+        kept = self._on_device
+        if kept is None or kept[0].device != device or kept[2] is not values:
+            level = np.asarray(values, dtype=np.float32)[places]
+            tensors = (torch.from_numpy(a).to(device) for a in (distinct.astype(np.float32), level))
+            kept = self._on_device = (*tensors, values)
+        return kept[:2]

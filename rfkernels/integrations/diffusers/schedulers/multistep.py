@@ -1,0 +1,213 @@
+"""Multistep rules in flow form as one diffusers scheduler: AB2, DPM-Solver++ and UniPC, one kernel call a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from rfkernels.integrations.diffusers.schedulers import multistep_rules as rules
+from rfkernels.integrations.diffusers.schedulers import updates
+from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
+from rfkernels.integrations.diffusers.schedulers.config import FLOW_MATCH, solver
+
+AB2, DPM, UNIPC = ALGORITHMS = ("ab2", "dpm++", "unipc")
+_KINDS = {AB2: (None,), DPM: ("midpoint", "heun"), UNIPC: ("bh2", "bh1")}
+_MAX_ORDER = 3
+# What diffusers' multistep schedulers have besides; None where a config has no such field.
+_TAKEN = {
+    "predict_x0": (True, None),
+    "solver_p": (None,),
+    "algorithm_type": ("dpmsolver++", "deis", "data_prediction", None),
+}
+_FEW_STEPS = 15  # below this, lower_order_final of DPM-Solver++ lowers the order of the last steps
+
+
+class RFMultistepScheduler(FlowScheduler):
+    """Second order or higher at one call of the network a step, from outputs that were kept.
+
+    ========= =================================================================================
+    algorithm step
+    ========= =================================================================================
+    "ab2"     Adams-Bashforth in sigma, x + h (1 + r/2) v - (h r/2) v_previous, r = h / h_previous
+    "dpm++"   DPM-Solver++ multistep, orders 1 to 3 (Lu et al. 2022)
+    "unipc"   UniPC, predictor and corrector in one update, orders 1 to 3 (Zhao et al. 2023)
+    ========= =================================================================================
+
+    The last two are diffusers' `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` with ``use_flow_sigmas``, whose
+    configs `from_config` takes with solver and grid. The network is given exact times; theirs are cut off to integers
+    (``integer_timesteps=True`` brings that back), which stops their error from falling below 1e-3 of the result.
+
+    Args:
+        algorithm: see the table.
+        solver_order: of "dpm++" and "unipc", 1 to 3; "ab2" is of order 2.
+        solver_type: "midpoint" or "heun" for "dpm++", "bh2" or "bh1" for "unipc"; None is the first of the two.
+        lower_order_final: lower the order of the last steps: of "unipc" always, of "dpm++" in runs of under 15 steps.
+        euler_at_final: end "dpm++" by a step of order 1.
+        disable_corrector: steps of "unipc" after which the corrector rests.
+
+    The other arguments are those of the base class. diffusers' attributes ``init_noise_sigma``, `scale_model_input` and
+    `add_noise` are here because multistep schedulers have them.
+    """
+
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+        grid: str = FLOW_MATCH,
+        single_shift: bool = False,
+        explicit_timesteps: str = "keep",
+        final_sigmas_type: str = "zero",
+        integer_timesteps: bool = False,
+        bit_exact: bool = False,
+        algorithm: str = UNIPC,
+        solver_order: int = 2,
+        solver_type: str | None = None,
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        disable_corrector: list[int] | tuple[int, ...] = (),
+    ) -> None:
+        if algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"RFMultistepScheduler: algorithm must be one of {', '.join(ALGORITHMS)}; got {algorithm!r}"
+            )
+        if not 1 <= solver_order <= _MAX_ORDER:
+            raise ValueError(
+                f"RFMultistepScheduler: solver_order must be 1 to 3; got {solver_order!r}"
+            )
+        if solver_type is not None and solver_type not in _KINDS[algorithm]:
+            raise ValueError(
+                f"RFMultistepScheduler: solver_type of {algorithm!r} must be one of {_KINDS[algorithm]}; "
+                f"got {solver_type!r}"
+            )
+        if invert_sigmas and algorithm != AB2:
+            raise ValueError(
+                f"RFMultistepScheduler: invert_sigmas needs algorithm='ab2'; got {algorithm!r}"
+            )
+        self._begin()
+
+    @classmethod
+    def _checked(cls, config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        if "algorithm" not in config and "flow_shift" in config:
+            config |= solver(config)
+        if overrides.get("algorithm", config.get("algorithm")) != config.get("algorithm"):
+            return config if "solver_type" in overrides else {**config, "solver_type": None}
+        for field, allowed in _TAKEN.items():
+            if config.get(field) not in allowed:
+                raise ValueError(
+                    f"{cls.__name__}: config.{field} must be one of {allowed}; got {config[field]!r}"
+                )
+        return config
+
+    def _restart(self) -> None:
+        super()._restart()
+        # Of past calls, the newest first: the index, the state and the network's output there.
+        self._past: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._order = 0  # of the last step
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """The state at the next level.
+
+        Args:
+            model_output: the network's output at ``sample``, d x / d sigma; kept for the coming steps.
+            timestep: an entry of `timesteps`; looked up in the first step if no begin index is set, and then ignored.
+            sample: what the step before returned; kept as well.
+            return_dict: return an object with ``prev_sample``, else a tuple.
+
+        Raises:
+            ValueError: an integer timestep where times are not integers, or no `set_timesteps` yet.
+            IndexError: a timestep that is not in the schedule, or a step after the last.
+            RuntimeError: the network wrote its output over a kept one.
+        """
+        index = self._stage(timestep)
+        past = self._past
+        self._refuse_overwritten(model_output, *(output for _, _, output in past))
+        levels = self._sigmas.values()
+        config = self._internal_dict
+        if config["algorithm"] == AB2:
+            steps = self._sigmas.steps()
+            coefficients = rules.ab2(steps[index], steps[index - 1] if past else None)
+            outputs = (model_output, *(output for _, _, output in past))
+            state = updates.linear(
+                sample, outputs[: len(coefficients)], coefficients, dtype=model_output.dtype
+            )
+            keep = 1
+        else:
+            state = self._data_step(index, levels, sample, model_output)
+            keep = config["solver_order"] - (config["algorithm"] == DPM)
+        self._past = [(index, sample, model_output), *past][:keep]
+        self._step_index = index + 1
+        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+    def _data_step(
+        self, index: int, levels: list[float], sample: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
+        """A step of "dpm++" or "unipc": coefficients of m = x - sigma v, spelt out in x and v, and one sum."""
+        config = self._internal_dict
+        kind = config["solver_type"] or _KINDS[config["algorithm"]][0]
+        order = self._step_order(index)
+        calls = [(index, sample, output), *self._past]
+        sigmas = [levels[index + 1], *(levels[i] for i, _, _ in calls)]
+        if config["algorithm"] == DPM:
+            of_state, *weights = rules.dpm(sigmas, order, kind)
+        else:
+            of_state, *weights = rules.unipc_predictor(sigmas, order, kind)
+            if self._past and index - 1 not in config["disable_corrector"]:
+                correction = rules.unipc_correction(sigmas[1:], self._order, kind)
+                weights += [0.0] * (len(correction) - len(weights))
+                for i, change in enumerate(correction):
+                    weights[i] += of_state * change
+        self._order = order
+        of_state += weights[0]
+        tensors, coefficients = [output], [-sigmas[1] * weights[0]]
+        for (i, state, past), weight in zip(calls[1:], weights[1:], strict=False):
+            tensors += [state, past]
+            coefficients += [weight, -levels[i] * weight]
+        return updates.linear(sample, tensors, coefficients, of_state, dtype=sample.dtype)
+
+    def _step_order(self, index: int) -> int:
+        """As many outputs as there are, fewer at the end where the config says so."""
+        config = self._internal_dict
+        count = len(self._sigmas.values()) - 1
+        left = count - index
+        order = min(config["solver_order"], len(self._past) + 1)
+        if config["algorithm"] == UNIPC:
+            return min(order, left) if config["lower_order_final"] else order
+        lowered = config["lower_order_final"] and count < _FEW_STEPS
+        if left == 1 and (
+            lowered or config["euler_at_final"] or config["final_sigmas_type"] == "zero"
+        ):
+            return 1
+        return min(order, 2) if left == 2 and lowered else order
+
+    def scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The sample: flows need no scaling."""
+        return sample
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """`scale_noise` under the name and order of arguments that multistep schedulers have."""
+        return self.scale_noise(original_samples, timesteps, noise)
