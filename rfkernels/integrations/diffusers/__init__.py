@@ -5,8 +5,13 @@
     coverage()                               which models are covered, and how
     velocity_from_pretrained(folder)         a network as velocity(x, t, **condition), to train and sample
 
-Imports diffusers only when a function needs it.
+    RFEulerScheduler, RFHeunScheduler, RFMidpointScheduler, RFFireFlowScheduler, RFMultistepScheduler
+                                             pipe.scheduler = RF...Scheduler.from_config(pipe.scheduler.config)
+
+Imports diffusers only when something needs it.
 """
+
+from __future__ import annotations
 
 from rfkernels.integrations.diffusers.attention import (
     attention_stats,
@@ -15,6 +20,7 @@ from rfkernels.integrations.diffusers.attention import (
     set_attention,
 )
 from rfkernels.integrations.diffusers.coverage import Coverage, coverage
+from rfkernels.integrations.diffusers.schedulers import __all__ as _SCHEDULERS
 from rfkernels.integrations.diffusers.velocity import (
     DiffusersNetwork,
     DiffusersVelocity,
@@ -32,3 +38,19 @@ __all__ = [
     "set_attention",
     "velocity_from_pretrained",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _SCHEDULERS:
+        from rfkernels.integrations.diffusers import schedulers
+
+        return getattr(schedulers, name)
+    if name == "SchedulerMixin":  # a pipeline that is loaded looks here for the base of its scheduler's class
+        from diffusers import SchedulerMixin
+
+        return SchedulerMixin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SCHEDULERS])
