@@ -34,7 +34,7 @@ _LAZY = {
     "sageattn": "rfkernels.integrations.sageattention",
     "sageattn_varlen": "rfkernels.integrations.sageattention",
 }
-_ROOMS = ("data", "flow", "integrations", "metrics", "models", "sampling", "training")
+_ROOMS = ("data", "flow", "integrations", "metrics", "models", "optim", "sampling", "training")
 
 __all__ = [
     "AttentionStats",

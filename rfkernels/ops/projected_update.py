@@ -137,6 +137,26 @@ def projected_update(
         _dispatch.mark_written(*weights, *averages)
 
 
+def check_options(
+    rule: str,
+    *,
+    lr: float | torch.Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    nesterov: bool = False,
+    average_decay: float = 0.0,
+) -> None:
+    """Raises what ``projected_update`` would raise for these options."""
+    _options(
+        rule, lr, betas, momentum, dampening, eps, weight_decay, delta, wd_ratio, nesterov, average_decay
+    )  # fmt: skip
+
+
 def _functional_level() -> bool:
     if _dispatch.transforms_active():
         raise TypeError("projected_update: works in place; got a call under vmap or torch.func")

@@ -1,4 +1,4 @@
-"""AdamW by torch's fused kernel, and its state as named tensors."""
+"""The optimizer of a run, by name, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rfkernels.optim import SGDP, AdamP
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.parallel import put
+
+OPTIMIZERS = ("adamw", "adamp", "sgdp")
 
 __all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors"]
 
@@ -17,7 +20,29 @@ __all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors"]
 def make_optimizer(
     parameters: Sequence[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019); without weight decay it is Adam."""
+    """The optimizer that `config.optimizer` names, AdamW where the config has no such field.
+
+    "adamw" (Loshchilov and Hutter, 2019) is torch's fused kernel, Adam without weight decay;
+    "adamp" and "sgdp" are those of rfkernels.optim, SGDP with the first of `config.betas` as its
+    momentum.
+    """
+    name = getattr(config, "optimizer", "adamw")
+    if name == "adamp":
+        return AdamP(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+    if name == "sgdp":
+        return SGDP(
+            parameters,
+            lr=config.learning_rate,
+            momentum=config.betas[0],
+            weight_decay=config.weight_decay,
+        )
+    if name != "adamw":
+        raise ValueError(f"optimizer: must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(
         parameters,

@@ -27,7 +27,7 @@ REASONS: dict[tuple[str, str], str] = {
 }
 MEASURED_IN = {"quantize": "attention"}  # op: the benchmark that has its rows
 # Rooms from the bottom up; a room imports from those before it and from itself.
-ROOMS = ("backends", "ops", "flow", "sampling", "training", "cli")
+ROOMS = ("backends", "ops", "optim", "flow", "sampling", "training", "cli")
 
 
 def folder(path: str) -> Path:

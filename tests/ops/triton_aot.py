@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from rfkernels.backends.triton import flow_loss, interpolate, ode_step, random
+from rfkernels.backends.triton import flow_loss, interpolate, ode_step, projected_update, random
+from rfkernels.ops.projected_update import Options
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 compiled: list[tuple[str, triton.compiler.CompiledKernel]] = []
@@ -155,6 +156,18 @@ def straddling():
     interpolate.interpolate(new(B, 6), None, new(B), "linear", 3, 5, new(B, 6), new(B, 6), None)
 
 
+def update(*shape, dtype=F32, rule="adamp", nesterov=False, average=None, reduce=None):
+    weight, grad = new(*shape, dtype=dtype), new(*shape, dtype=dtype)
+    state = F64 if dtype == F64 else F32
+    first, adam = new(*shape, dtype=state), rule == "adamp"
+    second = [new(*shape, dtype=state)] if adam else []
+    averages = [] if average is None else [new(*shape, dtype=average)]
+    options = Options(rule, nesterov, 1e-3, 0.9, 0.5, 1e-8, 0.01, 0.1, 0.1, 0.9)
+    projected_update.projected_update(
+        [weight], [grad], [first], second, [torch.zeros(())] * adam, averages, [len(shape) > 1], [0], options, reduce
+    )  # fmt: skip
+
+
 NOISE = (0.3, 11, 2)
 LONG, SHORT = (B, 3 * 4096), (B, 64)
 CORE = {
@@ -164,6 +177,7 @@ CORE = {
     "interpolate linear float32": lambda: points("linear", F32, True),
     "loss mse short float32": lambda: loss("mse", SHORT),
     "loss pseudo_huber long float32": lambda: loss("pseudo_huber", LONG),
+    "adamp float32": lambda: update(64, 1152),
 }
 REST = {
     "normal float32": lambda: random.random(new(), 1, 0, "normal"),
@@ -190,6 +204,13 @@ REST = {
     "sliced": sliced,
     "ragged": ragged,
     "wide noise": wide,
+    "adamp bfloat16 with a float32 average": lambda: update(16, 4096, dtype=BF16, average=F32),
+    "adamp float64, nesterov": lambda: update(16, 64, dtype=F64, nesterov=True),
+    "adamp ragged rows": lambda: update(30, 9),
+    "adamp long rows in two phases": lambda: update(2, 70000, reduce=lambda summary: None),
+    "adamp vector": lambda: update(4096),
+    "sgdp float32": lambda: update(64, 1152, rule="sgdp"),
+    "sgdp float16, nesterov": lambda: update(64, 1152, dtype=F16, rule="sgdp", nesterov=True),
 }
 
 
