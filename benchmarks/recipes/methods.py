@@ -227,20 +227,100 @@ def _instaflow(bench: Bench) -> Path:
     half = bench.after_pairs / 2
     straight = bench.reflow("2-rf-labels", 0.5, num_classes=10)
     recipe = recipes.InstaFlowDistill(
-        perceptual_from=0.5,
-        perceptual=metrics.PerceptualDistance("random-conv"),
+        distance=metrics.PerceptualDistance("random-conv"),
         train=bench.config(half, learning_rate=5e-4),
     )
     return bench.recipe("instaflow", recipe, None, teacher=straight, pairs=straight / "pairs")
 
 
+def _plus_plus(bench: Bench, name: str, **options: Any) -> Path:
+    recipe = recipes.RectifiedFlowPlusPlus(
+        **bench.pair_options, **options, train=bench.config(bench.after_pairs)
+    )
+    return bench.recipe(name, recipe, None, teacher=bench.teacher())
+
+
+def _perflow(bench: Bench) -> Path:
+    # Four steps of the teacher a sample, each one evaluation.
+    recipe = recipes.PeRFlow(teacher_steps=4, train=bench.config(bench.budget.second, 5.0))
+    return bench.recipe("perflow", recipe, None, data=bench.data, teacher=bench.teacher())
+
+
+def _flow_map(bench: Bench, name: str, recipe: recipes.Recipe) -> Path:
+    return bench.recipe(name, recipe, bench.network(flow_map=True), data=bench.data)
+
+
+def _re_meanflow(bench: Bench) -> Path:
+    recipe = recipes.ReMeanFlow(**bench.pair_options, train=bench.config(bench.after_pairs))
+    network = bench.network(flow_map=True)
+    return bench.recipe("re-meanflow", recipe, network, teacher=bench.teacher())
+
+
+def _diffusion_teacher(bench: Bench) -> Path:
+    """A network that predicts noise on a schedule, trained as such."""
+    inner = models.TimeScaled(bench.network(), scale=1e-3)
+    network = models.NoisePrediction(inner, "linear")
+    config = bench.config(bench.budget.teacher)
+
+    def train(folder: Path) -> None:
+        training.train_flow(network, bench.data, config, run=folder, resume=True, progress=True)
+
+    return bench.run("diffusion-teacher", train)
+
+
+def _rectified_diffusion(bench: Bench) -> Path:
+    recipe = recipes.RectifiedDiffusion(**bench.pair_options, train=bench.config(bench.after_pairs))
+    teacher = _diffusion_teacher(bench)
+    return bench.recipe("rectified-diffusion", recipe, None, teacher=teacher)
+
+
+def _phased(bench: Bench) -> Path:
+    # Two of eight DDIM steps of the teacher a sample.
+    recipe = recipes.RectifiedDiffusionPhased(
+        segments=4, grid_steps=8, train=bench.config(bench.budget.second, 3.0)
+    )
+    teacher = _diffusion_teacher(bench)
+    return bench.recipe("phased", recipe, None, data=bench.data, teacher=teacher)
+
+
+def _consistency(bench: Bench) -> Path:
+    half = bench.after_pairs / 2
+    stage = recipes.RectifiedDiffusion(**bench.pair_options, train=bench.config(half))
+    teacher = _diffusion_teacher(bench)
+    first = bench.recipe("rectified-diffusion-half", stage, None, teacher=teacher)
+    # One step of the teacher and one evaluation of the average a sample.
+    recipe = recipes.RectifiedDiffusionConsistency(train=bench.config(half, 3.0))
+    return bench.recipe("consistency", recipe, None, data=bench.data, teacher=first)
+
+
 METHODS: dict[str, Callable[[Bench], Path]] = {
     "1-RF": lambda b: b.flow("1-rf", b.config(b.both)),
     "OT flow matching": lambda b: b.flow("ot", b.config(b.both, coupling="ot")),
+    "MeanFlow": lambda b: _flow_map(b, "meanflow", recipes.MeanFlow(train=b.config(b.both))),
+    "improved MeanFlow": lambda b: _flow_map(
+        b, "improved-meanflow", recipes.ImprovedMeanFlow(train=b.config(b.both))
+    ),
+    # An eighth of the samples has two evaluations of the average.
+    "shortcut": lambda b: _flow_map(b, "shortcut", recipes.Shortcut(train=b.config(b.both, 1.25))),
+    "consistency FM": lambda b: b.recipe(
+        "consistency-fm",
+        recipes.ConsistencyFM(train=b.config(b.both)),
+        b.network(),
+        data=b.data,
+    ),
     "2-RF": lambda b: b.reflow("2-rf"),
     "1-RF distilled": lambda b: b.distill("distilled", b.teacher(), None, b.after_pairs),
     "2-RF distilled": _two_rf_distilled,
+    "2-RF++, Huber": lambda b: _plus_plus(b, "2-rf++"),
+    "2-RF++, perceptual": lambda b: _plus_plus(
+        b, "2-rf++-perceptual", perceptual=metrics.PerceptualDistance("random-conv")
+    ),
+    "Re-MeanFlow": _re_meanflow,
+    "PeRFlow": _perflow,
     "SlimFlow, small": _slimflow,
     "2-RF distilled, small": _small_two_rf_distilled,
     "InstaFlow, labels": _instaflow,
+    "rectified diffusion": _rectified_diffusion,
+    "rectified diffusion, phased": _phased,
+    "rectified diffusion, consistency": _consistency,
 }
