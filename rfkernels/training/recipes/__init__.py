@@ -6,6 +6,7 @@ one.
 
 from rfkernels.training.recipes.feature_weighted import FeatureWeighted
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
+from rfkernels.training.recipes.meanflow import ImprovedMeanFlow, MeanFlow
 from rfkernels.training.recipes.perflow import PeRFlow
 from rfkernels.training.recipes.recipe import PairRecipe, Recipe
 from rfkernels.training.recipes.rectified_diffusion import RectifiedDiffusion
@@ -19,7 +20,9 @@ RECIPES: dict[str, type[Recipe]] = {
     cls.name: cls
     for cls in (
         FeatureWeighted,
+        ImprovedMeanFlow,
         InstaFlowDistill,
+        MeanFlow,
         PeRFlow,
         RectifiedDiffusion,
         RectifiedDiffusionConsistency,
@@ -35,7 +38,9 @@ __all__ = [
     "DistillObjective",
     "FeatureWeighted",
     "FlowObjective",
+    "ImprovedMeanFlow",
     "InstaFlowDistill",
+    "MeanFlow",
     "PairRecipe",
     "PeRFlow",
     "Recipe",
