@@ -33,6 +33,7 @@ struct alignas(64) Work {
   float out[kMaxChannels * kQueryRows];        // [channel][query], relative to the current reference
   float rows[kQueryRows * kMaxChannels];
   float bias[kChunk * kQueryRows];
+  OpenKeys open[kKeys / kChunk];
   Queries queries;
   float quantize[kQuantizeScratch];
 };
@@ -70,6 +71,7 @@ struct Head {
   const AttentionLayout* layout;
   MaskView mask;        // empty when folded into `addend`
   const float* addend;  // a value per key, added to its scores
+  bool folded;
   bool causal;
   float factor;  // log2(e) * scale, over the length of the rotation
   float scale;
@@ -107,10 +109,10 @@ struct Pipeline {
   int remaining() const { return count * product.steps - step; }
 };
 
-// Scores of `count` keys to log2 units, in place, and their maximum. Kind 0: no mask, 1: bits, 2: bits and bias.
+// Scores of 32 keys to log2 units, in place, and their maximum. Kind 0: no mask, 1: open keys, 2: open keys and bias.
 template <bool Integer, int Kind>
-RFK_INLINE void pass1(int32_t* scores, int64_t count, Floats factor0, Floats factor1, const float* addend,
-                      const uint32_t* bits, const float* bias, Floats* top) {
+RFK_INLINE void pass1(int32_t* scores, Floats factor0, Floats factor1, const float* addend, const int32_t* open,
+                      const float* bias, Floats* top) {
   const Floats excluded = splat(kMinusInfinity);
   float* y = reinterpret_cast<float*>(scores);
   Floats top0 = top[0], top1 = top[1], top2 = top[2], top3 = top[3];
@@ -119,11 +121,11 @@ RFK_INLINE void pass1(int32_t* scores, int64_t count, Floats factor0, Floats fac
     Floats x = Integer ? to_float(load(scores + at)) : load(y + at);
     x = fma(x, factor, add);
     if (Kind == 2) x = x + load(bias + at);
-    if (Kind != 0) x = select(bits[j] >> (16 * half), x, excluded);
+    if (Kind != 0) x = select(load(open + half * 16), splat(static_cast<int32_t>(1u << j)), x, excluded);
     store(y + at, x);
     return x;
   };
-  for (int64_t j = 0; j < count; j += 2) {
+  for (int64_t j = 0; j < kChunk; j += 2) {
     const Floats add0 = splat(addend[j]), add1 = splat(addend[j + 1]);
     top0 = max(top0, one(j, 0, factor0, add0));
     top1 = max(top1, one(j, 1, factor1, add0));
@@ -183,6 +185,39 @@ RFK_INLINE void accumulate(float* out, const int32_t* sums, int64_t begin, int64
       store(out + at, fma(load(out + at), rescale[half], sum));
     }
   }
+}
+
+// Keys of one softmax block that the 32 queries at work may attend, in whole groups; between them may be closed ones.
+struct Range {
+  int64_t begin, end;
+  int64_t chunks() const { return (end - begin) / kChunk; }
+};
+
+// Of the blocks from key `from` on the first in which a query may attend anything, without the closed groups at its ends.
+// Leaves the open keys of a boolean mask in w.open. A block without open keys would change no result.
+template <int Kind>
+Range next_block(const Head& h, int64_t first, int rows, int64_t from, int64_t keys, Work& w) {
+  for (; from < keys; from += kKeys) {
+    const int64_t end = from + kKeys < keys ? from + kKeys : keys;
+    if (Kind == 2 || (Kind == 0 && !h.folded)) return {from, end};
+    Range range = {end, from};
+    if (Kind == 1) {
+      open_keys(h.mask, h.causal, first, rows, from, static_cast<int>((end - from) / kChunk), h.layout->keys, w.open);
+    }
+    for (int64_t at = from; at < end; at += kChunk) {
+      if (Kind == 1) {
+        if (!w.open[(at - from) / kChunk].any) continue;
+      } else {
+        const Floats none = splat(kMinusInfinity);
+        if ((less(none, load(h.addend + at)) | less(none, load(h.addend + at + 16))) == 0) continue;
+      }
+      const int64_t group = at - at % kKeyGroup;
+      if (range.begin == end) range.begin = group;
+      range.end = group + kKeyGroup;
+    }
+    if (range.begin < range.end) return range;
+  }
+  return {keys, keys};
 }
 
 // out rows = O * value_scale / sum of P, and the log-sum-exp.
@@ -251,23 +286,26 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
   const float most = static_cast<float>(l.padded_channels) * (kInteger ? 127.0f * 127.0f : 1.0f);
   if (!(largest * top_scale * most < kOverflow)) return false;
 
-  const int blocks = static_cast<int>((keys + kKeys - 1) / kKeys);
-  const auto keys_of = [&](int n) { return n + 1 < blocks ? kKeys : keys - (blocks - 1) * kKeys; };
   const int score_steps = static_cast<int>(l.padded_channels / (kInteger ? 64 : 32));
   const int value_products = static_cast<int>(l.padded_value_channels / 32);
-  const auto scores_of = [&](int n) {
-    const int64_t key = n * kKeys, tile_row = score_steps * kTileBytes;
-    const Product first_keys{h.packed + l.keys_at + key / 16 * tile_row, tile_row,      kTileBytes,      w.queries.codes, score_steps,
-                             row_sum + key,                              w.scores};
-    return Pipeline<QK>{first_keys, 2 * tile_row, static_cast<int>(keys_of(n) / kBlock)};
+  const auto scores_of = [&](const Range& range) {
+    const int64_t tile_row = score_steps * kTileBytes;
+    const Product first_keys{h.packed + l.keys_at + range.begin / 16 * tile_row,
+                             tile_row,
+                             kTileBytes,
+                             w.queries.codes,
+                             score_steps,
+                             row_sum + range.begin,
+                             w.scores};
+    return Pipeline<QK>{first_keys, 2 * tile_row, static_cast<int>((range.end - range.begin) / kBlock)};
   };
-  const auto values_of = [&](int n) {
+  const auto values_of = [&](const Range& range) {
     const int64_t group = value_products * 2 * kTileBytes;
-    const Product first_channels{h.packed + l.values_at + n * kKeys / kKeysPerStep * group,
+    const Product first_channels{h.packed + l.values_at + range.begin / kKeysPerStep * group,
                                  kTileBytes,
                                  group,
                                  reinterpret_cast<const char*>(w.weights),
-                                 static_cast<int>(keys_of(n) / kKeysPerStep),
+                                 static_cast<int>((range.end - range.begin) / kKeysPerStep),
                                  row_sum,
                                  w.sums};
     return Pipeline<PV>{first_channels, 2 * kTileBytes, value_products};
@@ -278,32 +316,34 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
   const Floats none = splat(-1e30f), lowest = splat(-126.0f);
   Floats reference[2] = {none, none}, running[2] = {none, none}, total[2] = {splat(0.0f), splat(0.0f)};
   Floats rescale[2] = {splat(0.0f), splat(0.0f)};
-  auto scores = scores_of(0);
-  if (blocks > 0) scores.advance(scores.remaining());
+  Range block = next_block<Kind>(h, first, rows, 0, keys, w), before = {0, 0};  // before: empty at first
+  if (block.begin < keys) {
+    auto scores = scores_of(block);
+    scores.advance(scores.remaining());
+  }
 
-  for (int n = 0; n < blocks; ++n) {
-    const int64_t key = n * kKeys, chunks = keys_of(n) / kChunk;
-    auto values = values_of(n > 0 ? n - 1 : 0);
-    const int value_quota = n > 0 ? quota(values.remaining(), chunks) : 0;
+  while (block.begin < keys) {
+    const int64_t chunks = block.chunks();
+    const bool pending = before.begin < before.end;  // products of P and V of the block before
+    auto values = values_of(before);
+    const int value_quota = pending ? quota(values.remaining(), chunks) : 0;
     Floats top[4] = {splat(kMinusInfinity), splat(kMinusInfinity), splat(kMinusInfinity), splat(kMinusInfinity)};
     for (int64_t c = 0; c < chunks; ++c) {
       values.advance(value_quota);
-      const int64_t at = key + c * kChunk;
+      const int64_t at = block.begin + c * kChunk;
       const Floats scale = splat(kInteger ? key_scale[at / kKeyGroup] : 1.0f);
       int32_t* chunk = w.scores + c * kChunk * kQueryRows;
       const Floats factor0 = factor[0] * scale, factor1 = factor[1] * scale;
-      // The diagonal, or a mask, passes through here.
-      if (Kind == 0 && !(h.causal && at + kChunk > first + 1)) {
-        pass1<kInteger, 0>(chunk, kChunk, factor0, factor1, h.addend + at, nullptr, nullptr, top);
-        continue;
-      }
-      uint32_t bits[32];
-      allowed_queries(h.mask, h.causal, first, rows, at, l.keys, bits);
-      if constexpr (Kind == 2) {
+      OpenKeys& open = w.open[at % kKeys / kChunk];
+      const bool diagonal = h.causal && at + kChunk > first + 1;
+      if (Kind == 2 || (Kind == 0 && diagonal)) open_keys(h.mask, h.causal, first, rows, at, 1, l.keys, &open);
+      if (Kind == 2) {
         if (!turned_bias(h.mask, first, rows, at, l.keys, w.bias)) return false;
-        pass1<kInteger, 2>(chunk, kChunk, factor0, factor1, h.addend + at, bits, w.bias, top);
+        pass1<kInteger, 2>(chunk, factor0, factor1, h.addend + at, open.rows, w.bias, top);
+      } else if (Kind == 1 ? open.all : !diagonal) {
+        pass1<kInteger, 0>(chunk, factor0, factor1, h.addend + at, nullptr, nullptr, top);
       } else {
-        pass1<kInteger, 1>(chunk, kChunk, factor0, factor1, h.addend + at, bits, nullptr, top);
+        pass1<kInteger, 1>(chunk, factor0, factor1, h.addend + at, open.rows, nullptr, top);
       }
     }
     Floats previous[2] = {rescale[0], rescale[1]}, lifted[2];
@@ -317,22 +357,26 @@ bool attend(const Head& h, int64_t first, int rows, Work& w) {
       total[half] = total[half] * rescale[half];
       lifted[half] = kIntegerValues ? next - splat(7.994353437f) : next;  // log2(255)
     }
-    if (n + 1 < blocks) scores = scores_of(n + 1);
+    const Range after = next_block<Kind>(h, first, rows, (block.begin / kKeys + 1) * kKeys, keys, w);
+    auto scores = scores_of(after);
     for (int64_t c = 0; c < chunks; ++c) {
       // The next block's scores of these 32 places are computed while pass 2 reads the places, then stored there.
-      const bool follows = n + 1 < blocks && scores.count > 0;
+      const bool follows = scores.count > 0;
       if (follows) scores.compute();
-      if (n > 0) {
+      if (pending) {
         accumulate<kIntegerValues>(w.out, w.sums, l.padded_value_channels * c / chunks,
                                    l.padded_value_channels * (c + 1) / chunks, previous);
       }
       pass2<PV>(reinterpret_cast<const float*>(w.scores) + c * kChunk * kQueryRows, kChunk, lifted,
-                inverse + key + c * kChunk, w.weights + c * kChunk * kQueryRows * kWeightBytes, total);
+                inverse + block.begin + c * kChunk, w.weights + c * kChunk * kQueryRows * kWeightBytes, total);
       if (follows) scores.next();
     }
+    scores.advance(scores.remaining());  // of a next block that is the longer
+    before = block;
+    block = after;
   }
-  if (blocks > 0) {
-    auto values = values_of(blocks - 1);
+  if (before.begin < before.end) {
+    auto values = values_of(before);
     values.advance(values.remaining());
     accumulate<kIntegerValues>(w.out, w.sums, 0, l.padded_value_channels, rescale);
   }
@@ -390,6 +434,7 @@ void run_task(const AttentionArguments& a, int64_t batch, int64_t head, int64_t 
   h.layout = &l;
   h.mask = mask_view(a.mask, batch, head);
   h.addend = reinterpret_cast<const float*>(packed + l.addend_at);
+  h.folded = false;
   h.causal = a.causal;
   const double rotation = l.int8_keys() ? static_cast<double>(l.rotated) : 1.0;
   h.factor = static_cast<float>(a.scale * 1.4426950408889634 / rotation);
@@ -398,6 +443,7 @@ void run_task(const AttentionArguments& a, int64_t batch, int64_t head, int64_t 
   if (h.mask.data != nullptr && (h.mask.query_stride == 0 || h.queries == 1)) {
     if (!fold_mask(h.mask, l, h.addend, addend)) return set_exact(exact);
     h.addend = addend;
+    h.folded = true;
     h.mask.data = nullptr;
   }
   const TileState tiles;
@@ -410,6 +456,21 @@ void run_task(const AttentionArguments& a, int64_t batch, int64_t head, int64_t 
   }
 }
 
+// valid[(sample, set), key]: some query of the set may attend the key. A sample has `sets`, each of `heads` heads' masks.
+void mark_all_valid(const AttentionArguments& a, int64_t sets, int64_t heads, int threads, uint8_t* valid) {
+  constexpr int64_t kPart = 1024;  // keys of a task
+  const int64_t keys = a.layout.keys, queries = a.q->shape[2], parts = (keys + kPart - 1) / kPart;
+  std::memset(valid, 0, static_cast<size_t>(a.q->shape[0] * sets * keys));
+  parallel_tasks(a.q->shape[0] * sets * parts, threads, [&](int64_t task, int) {
+    const int64_t place = task / parts, begin = task % parts * kPart;
+    const int64_t end = begin + kPart < keys ? begin + kPart : keys;
+    for (int64_t g = 0; g < heads; ++g) {
+      const MaskView mask = mask_view(a.mask, place / sets, place % sets * heads + g);
+      mark_valid(mask, a.causal, queries, begin, end, valid + place * keys);
+    }
+  });
+}
+
 int threads_for(int64_t elements) { return elements < kSerialElements ? 1 : max_threads(); }
 
 }  // namespace
@@ -419,12 +480,15 @@ bool attention(const AttentionArguments& a) {
   const int64_t batches = a.q->shape[0], heads = a.q->shape[1], queries = a.q->shape[2];
   const int64_t group = heads / a.key_heads, packs = batches * a.key_heads;
   const int threads = threads_for(packs * group * queries * (l.keys + l.channels));
-  static thread_local Arena packed_arena, work_arena;
-  const bool masked = a.packed == nullptr && (a.mask != nullptr || a.causal);
-  const int64_t valid_bytes = masked ? round_up(l.keys, 64) : 0;
+  static thread_local Arena packed_arena, work_arena, valid_arena;
   const int64_t addend_bytes = round_up(l.padded_keys * 4, 64);
-  const int64_t work_bytes = static_cast<int64_t>(sizeof(Work)) + addend_bytes + valid_bytes;
+  const int64_t work_bytes = static_cast<int64_t>(sizeof(Work)) + addend_bytes;
   char* work = work_arena.take(work_bytes * threads);
+  // Which keys some query may attend: of every head of K, or of a sample where its heads share the mask.
+  const bool masked = a.packed == nullptr && (a.mask != nullptr || a.causal);
+  const bool by_head = a.mask != nullptr && a.mask->strides[1] != 0;
+  const int64_t valid_sets = masked ? (by_head ? packs : batches) : 0;
+  uint8_t* valid = reinterpret_cast<uint8_t*>(masked ? valid_arena.take(valid_sets * l.keys + 1) : nullptr);
   int64_t held = packs;  // packed heads at a time
   if (a.packed == nullptr) {
     held = kPackedBudget / l.bytes;
@@ -432,28 +496,17 @@ bool attention(const AttentionArguments& a) {
     held = held < packs ? held : packs;
   }
   char* own = a.packed == nullptr ? packed_arena.take(held * l.bytes) : nullptr;
-  if (work == nullptr || (a.packed == nullptr && own == nullptr)) return false;
+  if (work == nullptr || (a.packed == nullptr && own == nullptr) || (masked && valid == nullptr)) return false;
+  if (masked) mark_all_valid(a, by_head ? a.key_heads : 1, by_head ? group : 1, threads, valid);
   const int64_t chunks = (queries + kTaskQueries - 1) / kTaskQueries;
   for (int64_t begin = 0; begin < packs; begin += held) {
     const int64_t count = packs - begin < held ? packs - begin : held;
     if (a.packed == nullptr) {
       parallel_tasks(count, threads, [&](int64_t task, int worker) {
         const int64_t batch = (begin + task) / a.key_heads, head = (begin + task) % a.key_heads;
-        char* place = work + worker * work_bytes;
-        uint8_t* valid = nullptr;
-        if (masked) {
-          valid = reinterpret_cast<uint8_t*>(place + sizeof(Work) + addend_bytes);
-          if (a.mask == nullptr) {
-            for (int64_t j = 0; j < l.keys; ++j) valid[j] = j < queries ? 1 : 0;
-          } else {
-            std::memset(valid, 0, static_cast<size_t>(l.keys));
-            for (int64_t g = 0; g < (a.mask->strides[1] == 0 ? 1 : group); ++g) {
-              mark_valid(mask_view(a.mask, batch, head * group + g), a.causal, queries, l.keys, valid);
-            }
-          }
-        }
-        Work& w = *reinterpret_cast<Work*>(place);
-        quantize_keys_values(head_view(*a.k, batch, head), head_view(*a.v, batch, head), valid, l, own + task * l.bytes,
+        const uint8_t* open = masked ? valid + (by_head ? begin + task : batch) * l.keys : nullptr;
+        Work& w = *reinterpret_cast<Work*>(work + worker * work_bytes);
+        quantize_keys_values(head_view(*a.k, batch, head), head_view(*a.v, batch, head), open, l, own + task * l.bytes,
                              w.quantize);
       });
     }
@@ -470,6 +523,7 @@ bool attention(const AttentionArguments& a) {
   }
   packed_arena.trim();
   work_arena.trim();
+  valid_arena.trim();
   return true;
 }
 

@@ -1,4 +1,4 @@
-// attention_mask.h: masks of attention, 32 keys by 32 queries at a time, turned so that a key's queries lie together.
+// attention_mask.h: masks of attention, 32 keys by 32 queries at a time.
 //
 // Included inside one ISA level's namespace (RFK_ISA_NAMESPACE).
 #ifndef RFK_CPU_ATTENTION_MASK_H_
@@ -35,53 +35,49 @@ inline bool scale_mask(float* values, int n) {
   return good;
 }
 
-// Bit j of the result: the query may attend key + j, j < count <= 32.
-inline uint32_t allowed_bits(const MaskView& mask, int64_t query, int64_t key, int count) {
-  const char* p = mask.at(query, key);
-  uint32_t bits = 0;
-  if (mask.key_stride == 1 && count == 32) {
-    for (int i = 0; i < 4; ++i) {
-      uint64_t eight;  // bools are the bytes 0 and 1
-      std::memcpy(&eight, p + 8 * i, 8);
-      bits |= static_cast<uint32_t>((eight * 0x0102040810204080ull) >> 56) << (8 * i);
-    }
-    return bits;
-  }
-  for (int i = 0; i < count; ++i) bits |= static_cast<uint32_t>(p[i * mask.key_stride] != 0) << i;
-  return bits;
-}
+// What 32 queries may attend of 32 keys.
+struct OpenKeys {
+  alignas(64) int32_t rows[kQueryRows];  // bit j: the query of this place may attend key j
+  bool any, all;                         // of the queries that there are
+};
 
-// A 32 x 32 bit matrix: bit j of row i to bit i of row j.
-inline void transpose_bits(uint32_t* rows) {
-  uint32_t mask = 0x0000ffffu;
-  for (int width = 16; width != 0; width >>= 1, mask ^= mask << width) {
-    for (int i = 0; i < 32; i = (i + width + 1) & ~width) {
-      const uint32_t swap = ((rows[i] >> width) ^ rows[i + width]) & mask;
-      rows[i + width] ^= swap;
-      rows[i] ^= swap << width;
+// open[c] for keys key + 32 c .. key + 32 c + 31, c < chunks, from a boolean mask (where there is one) and causality.
+inline void open_keys(const MaskView& mask, bool causal, int64_t query, int queries, int64_t key, int chunks, int64_t keys,
+                      OpenKeys* open) {
+  constexpr int kMost = 8;
+  const bool masked = mask.data != nullptr && mask.boolean();
+  const int64_t whole = !masked || keys < key ? 0 : mask.key_stride == 1 ? (keys - key) / 32 : 0;
+  uint32_t some[kMost] = {}, every[kMost];
+  for (int c = 0; c < chunks; ++c) every[c] = ~0u;
+  for (int i = 0; i < queries; ++i) {  // a row at a time: its bytes lie together
+    const char* p = masked ? mask.at(query + i, key) : nullptr;
+    for (int c = 0; c < chunks; ++c) {
+      uint32_t bits = ~0u;
+      if (c < whole) {
+        bits = nonzero_bytes(p + 32 * c);
+      } else if (masked) {
+        bits = 0;
+        for (int64_t j = 32 * c; j < 32 * c + 32 && key + j < keys; ++j) {
+          bits |= static_cast<uint32_t>(p[j * mask.key_stride] != 0) << (j % 32);
+        }
+      }
+      if (causal) {
+        const int64_t last = query + i - key - 32 * c;  // of the 32 keys
+        bits &= last < 0 ? 0u : last >= 31 ? ~0u : (2u << last) - 1u;
+      }
+      open[c].rows[i] = static_cast<int32_t>(bits);
+      some[c] |= bits;
+      every[c] &= bits;
     }
   }
-}
-
-// For keys key .. key + 31: the queries (bits) that may attend each, from a boolean mask and causality.
-inline void allowed_queries(const MaskView& mask, bool causal, int64_t query, int queries, int64_t key, int64_t keys,
-                            uint32_t* bits) {
-  if (mask.data != nullptr && mask.boolean()) {
-    const int count = keys - key >= 32 ? 32 : keys > key ? static_cast<int>(keys - key) : 0;
-    for (int i = 0; i < kQueryRows; ++i) bits[i] = i < queries ? allowed_bits(mask, query + i, key, count) : ~0u;
-    transpose_bits(bits);
-  } else {
-    for (int j = 0; j < 32; ++j) bits[j] = ~0u;
-  }
-  if (causal) {
-    for (int j = 0; j < 32; ++j) {
-      const int64_t first = key + j - query;  // the first query of the 32 that may attend the key
-      bits[j] &= first <= 0 ? ~0u : first >= 32 ? 0u : ~0u << first;
-    }
+  for (int c = 0; c < chunks; ++c) {
+    for (int i = queries; i < kQueryRows; ++i) open[c].rows[i] = 0;
+    open[c].any = some[c] != 0;
+    open[c].all = every[c] == ~0u;
   }
 }
 
-// The float mask of the same block in log2 units, as [key][query]; false when a value is NaN or above 1e30.
+// A float mask's values for 32 queries and keys in log2 units, as [key][query]; false when a value is NaN or above 1e30.
 inline bool turned_bias(const MaskView& mask, int64_t query, int queries, int64_t key, int64_t keys, float* bias) {
   alignas(64) float rows[32 * 32];
   const int count = keys - key >= 32 ? 32 : keys > key ? static_cast<int>(keys - key) : 0;
@@ -100,22 +96,32 @@ inline bool turned_bias(const MaskView& mask, int64_t query, int queries, int64_
   return good;
 }
 
-// Marks in valid[] (keys bytes, zero before) the keys that some query may attend.
-inline void mark_valid(const MaskView& mask, bool causal, int64_t queries, int64_t keys, uint8_t* valid) {
+// Marks in valid[key] (zero before) the keys of [begin, end) that some query may attend.
+inline void mark_valid(const MaskView& mask, bool causal, int64_t queries, int64_t begin, int64_t end, uint8_t* valid) {
+  if (mask.data == nullptr) {  // causal alone
+    for (int64_t j = begin; j < end; ++j) valid[j] = j < queries ? 1 : 0;
+    return;
+  }
   const int64_t rows = mask.query_stride == 0 && !causal ? (queries > 0 ? 1 : 0) : queries;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t end = causal && i + 1 < keys ? i + 1 : keys;
+  for (int64_t i = causal ? begin : 0; i < rows; ++i) {
+    const int64_t stop = causal && i + 1 < end ? i + 1 : end;
     if (mask.boolean()) {
       const char* p = mask.at(i, 0);
-      for (int64_t j = 0; j < end; ++j) valid[j] |= static_cast<uint8_t>(p[j * mask.key_stride] != 0);
-      continue;
+      if (mask.key_stride == 1) {
+        for (int64_t j = begin; j < stop; ++j) valid[j] |= static_cast<uint8_t>(p[j]);
+      } else {
+        for (int64_t j = begin; j < stop; ++j) valid[j] |= static_cast<uint8_t>(p[j * mask.key_stride] != 0);
+      }
+    } else {
+      float values[64];
+      for (int64_t j = begin; j < stop; j += 64) {
+        const int count = stop - j < 64 ? static_cast<int>(stop - j) : 64;
+        load_run(mask.at(i, j), mask.dtype, mask.key_stride, count, values);
+        for (int c = 0; c < count; ++c) valid[j + c] |= static_cast<uint8_t>(values[c] > kMasked);
+      }
     }
-    float values[64];
-    for (int64_t j = 0; j < end; j += 64) {
-      const int count = end - j < 64 ? static_cast<int>(end - j) : 64;
-      load_run(mask.at(i, j), mask.dtype, mask.key_stride, count, values);
-      for (int c = 0; c < count; ++c) valid[j + c] |= static_cast<uint8_t>(values[c] > kMasked);
-    }
+    // Most masks leave no key closed to all of a few queries.
+    if (i % 32 == 31 && std::memchr(valid + begin, 0, static_cast<size_t>(end - begin)) == nullptr) return;
   }
 }
 

@@ -44,6 +44,7 @@ RFK_INLINE Floats load_bfloat16(const uint16_t* p) {
 RFK_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 RFK_INLINE void store(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 RFK_INLINE Floats splat(float a) { return {_mm512_set1_ps(a)}; }
+RFK_INLINE Ints splat(int32_t a) { return {_mm512_set1_epi32(a)}; }
 RFK_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 RFK_INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 RFK_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -56,6 +57,10 @@ RFK_INLINE Floats to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 RFK_INLINE Ints to_int(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, ties to even
 RFK_INLINE Floats select(uint32_t bits, Floats yes, Floats no) {
   return {_mm512_mask_mov_ps(no.v, static_cast<__mmask16>(bits), yes.v)};
+}
+// Lane by lane: whether `set` and `bit` have a common bit.
+RFK_INLINE Floats select(Ints set, Ints bit, Floats yes, Floats no) {
+  return {_mm512_mask_mov_ps(no.v, _mm512_test_epi32_mask(set.v, bit.v), yes.v)};
 }
 // A bit for every lane in which a < b.
 RFK_INLINE uint32_t less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
@@ -166,6 +171,7 @@ RFK_INLINE void store(int32_t* p, Ints x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
 RFK_INLINE Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+RFK_INLINE Ints splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 RFK_INLINE Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 RFK_INLINE Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 RFK_INLINE Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
@@ -188,6 +194,13 @@ RFK_INLINE Floats select(uint32_t bits, Floats yes, Floats no) {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane));
   };
   return {_mm256_blendv_ps(no.a, yes.a, chosen(bits & 255u)), _mm256_blendv_ps(no.b, yes.b, chosen((bits >> 8) & 255u))};
+}
+RFK_INLINE Floats select(Ints set, Ints bit, Floats yes, Floats no) {
+  const auto half = [](__m256i s, __m256i b, __m256 y, __m256 n) {
+    const __m256i none = _mm256_cmpeq_epi32(_mm256_and_si256(s, b), _mm256_setzero_si256());
+    return _mm256_blendv_ps(y, n, _mm256_castsi256_ps(none));
+  };
+  return {half(set.a, bit.a, yes.a, no.a), half(set.b, bit.b, yes.b, no.b)};
 }
 RFK_INLINE uint32_t less(Floats x, Floats y) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ));
@@ -308,6 +321,11 @@ RFK_INLINE void store(int32_t* p, Ints a) { std::memcpy(p, a.v, sizeof a.v); }
 RFK_INLINE Floats splat(float a) {
   return each([&](int) { return a; });
 }
+RFK_INLINE Ints splat(int32_t a) {
+  Ints r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a;
+  return r;
+}
 RFK_INLINE Floats operator+(Floats a, Floats b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }
@@ -344,6 +362,9 @@ RFK_INLINE Ints to_int(Floats a) {
 }
 RFK_INLINE Floats select(uint32_t bits, Floats yes, Floats no) {
   return each([&](int i) { return (bits >> i) & 1u ? yes.v[i] : no.v[i]; });
+}
+RFK_INLINE Floats select(Ints set, Ints bit, Floats yes, Floats no) {
+  return each([&](int i) { return (set.v[i] & bit.v[i]) != 0 ? yes.v[i] : no.v[i]; });
 }
 RFK_INLINE uint32_t less(Floats a, Floats b) {
   uint32_t bits = 0;
@@ -425,6 +446,18 @@ RFK_INLINE Floats exp2(Floats t) {
     q = fma(q, f, splat(1.0f));
   }
   return scale_by_exponent(q, t);
+}
+
+// Bit j of the result: byte j of the 32 is not 0.
+RFK_INLINE uint32_t nonzero_bytes(const char* p) {
+#if defined(__AVX2__)
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(p[i] != 0) << i;
+  return bits;
+#endif
 }
 
 // Two vectors of non-negative finite floats as bfloat16 pairs [lane][2], rounded to nearest even.

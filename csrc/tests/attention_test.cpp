@@ -1,4 +1,6 @@
 // attention_test.cpp: attention of every level, scheme, mask and layout against a softmax in double; refused arguments.
+#include <algorithm>
+
 #include "attention_checks.h"
 
 using namespace rfk_test;
@@ -27,8 +29,22 @@ class Mask {
     }
     memory_.assign(static_cast<size_t>(step * item_), 0);
     const int open = 1 + dice.roll(3);  // of three
+    // Open keys in one place, so that whole blocks are closed: a padded end or start, or a part for each query.
+    const int shape_of_it = dice.roll(6), parts = 1 + dice.roll(9);
+    const int64_t rows = std::max<int64_t>(shape[2], 1), columns = std::max<int64_t>(shape[3], 1);
+    const int64_t cut = dice.roll(static_cast<int>(columns) + 1);
+    const auto elsewhere = [&](int64_t i) {
+      const int64_t key = view_.strides[3] == 0 ? 0 : i / view_.strides[3] % columns;
+      const int64_t query = view_.strides[2] == 0 ? 0 : i / view_.strides[2] % rows;
+      switch (shape_of_it) {
+        case 0: return key >= cut;
+        case 1: return key < cut;
+        case 2: return key * parts / columns != query * parts / rows;
+        default: return false;
+      }
+    };
     for (int64_t i = 0; i < step; ++i) {
-      const bool closed = dice.roll(3) >= open;
+      const bool closed = dice.roll(3) >= open || elsewhere(i);
       if (boolean) {
         memory_[static_cast<size_t>(i)] = !closed;
       } else {
