@@ -33,8 +33,8 @@ Dataset = Annotated[
 Features = Annotated[
     str,
     typer.Option(
-        help="What samples are compared by: pixels, classifier, efficientnet-lite0, "
-        "inception:PATH or random-conv."
+        help="What samples are compared by: pixels, classifier, efficientnet-lite0[:SIZE], "
+        "inception:PATH, vgg16:PATH or random-conv."
     ),
 ]
 Guidance = Annotated[

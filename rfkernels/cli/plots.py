@@ -234,9 +234,9 @@ def point_cloud(x: torch.Tensor, frame: Frame | None = None, colour: str = COLOU
 
 
 def frame_of(x: torch.Tensor) -> Frame:
-    """Square axes with the points (N, 2) in the middle and a quarter of room around them."""
+    """Square axes with the points (N, 2) in the middle and some room around them."""
     low, high = x.amin(0), x.amax(0)
-    half = 0.75 * float((high - low).max())
+    half = 0.65 * float((high - low).max())
     centre = ((low + high) / 2).tolist()
     return tuple((c - half, c + half) for c in centre)  # type: ignore[return-value]
 

@@ -56,10 +56,9 @@ class Column:
             return ""
         spread = values.get(self.spread) if self.spread else None
         text = format(value, self.form)
+        # A single draw has none: 0, or NaN.
         return (
-            text
-            if spread is None or math.isnan(spread)
-            else f"{text} ± {format(spread, self.form)}"
+            f"{text} ± {format(spread, self.form)}" if spread and not math.isnan(spread) else text
         )
 
 

@@ -158,7 +158,7 @@ def evaluate(
     found = _measure(points, drawers, yardstick, metrics, seed, keep, progress)
     found.settings = {
         "data": real.name,
-        "features": features if isinstance(features, str) else "callable",
+        "features": _described(features, real.train),
         "training_samples": len(real.train),
         "held_out_samples": len(real.held_out),
         "samples": yardstick.count,
@@ -241,6 +241,12 @@ def _check(steps: Sequence[int], metrics: Sequence[str], draws: int, seed: int) 
         raise ValueError(f"draws: must be at least 1; got {draws}")
     if seed < 0:
         raise ValueError(f"seed: must not be negative; got {seed}")
+
+
+def _described(features: str | Features, train: Tensor) -> str:
+    if not isinstance(features, str):
+        return "callable"
+    return "coordinates" if features == "pixels" and train.ndim == 2 else features
 
 
 def _guess(solver: str, steps: int | None) -> int:

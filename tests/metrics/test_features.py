@@ -11,6 +11,7 @@ from rfkernels.metrics.features import (
     Inception,
     Pixels,
     RandomConv,
+    Vgg16,
     extract,
     load_features,
     train_classifier,
@@ -62,9 +63,7 @@ def test_efficientnet_knows_photographs():
 
 def test_efficientnet_layers_and_grey_images():
     pytest.importorskip("efficientnet_lite_pytorch")
-    from rfkernels.metrics.features import EfficientNetLite0
-
-    network = EfficientNetLite0(size=64)
+    network = load_features("efficientnet-lite0:64")
     grey = images(2, 1, 20)
     shapes = [tuple(layer.shape) for layer in network.layers(grey)]
     assert shapes == [
@@ -75,7 +74,7 @@ def test_efficientnet_layers_and_grey_images():
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     with pytest.raises(ValueError, match="multiple of 32; got 100"):
-        EfficientNetLite0(size=100)
+        load_features("efficientnet-lite0:100")
 
 
 def test_inception_is_of_the_published_size(inception):
@@ -115,6 +114,14 @@ def test_inception_reads_both_kinds_of_file(inception, tmp_path):
         loaded = Inception(tmp_path / name, size=75)
         assert torch.equal(loaded(x), inception(x))
     assert load_features(f"inception:{tmp_path / 'w.pt'}").size == 299
+
+
+def test_vgg_is_of_the_published_size():
+    """The convolutions of VGG-16 have 14 714 688 weights."""
+    network = Vgg16()
+    assert sum(p.numel() for p in network.parameters()) == 14_714_688
+    sides = [tuple(layer.shape[1:3]) for layer in network.layers(images(1, 1, 35))]
+    assert sides == [(64, 35), (128, 17), (256, 8), (512, 4), (512, 2)]
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import torch
 
 from rfkernels.data import digits
 from rfkernels.metrics import PerceptualDistance
+from rfkernels.metrics.features import Vgg16
 from rfkernels.training import DistillConfig, TrainConfig, distill, train_flow
 
 
@@ -23,9 +24,55 @@ def test_the_formula_written_out():
     for weight, layer in zip((1.0, 3.0), (0, 1), strict=True):
         fa, fb = (network(x)[layer].double().numpy() for x in (a, b))
         fa, fb = (f / np.sqrt((f**2).sum(1, keepdims=True) + 1e-10) for f in (fa, fb))
-        expected += weight * ((fa - fb) ** 2).sum(1).mean((1, 2)) / 2
+        expected += weight * ((fa - fb) ** 2).sum(1).mean((1, 2))
     ours = PerceptualDistance(network, weights=(1, 3))(a, b)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5)
+    even = PerceptualDistance(network)(a, b)
+    torch.testing.assert_close(even, PerceptualDistance(network, weights=(0.5, 0.5))(a, b))
+
+
+def test_lpips_from_files(tmp_path):
+    """VGG-16 and weights of channels, with LPIPS's names, scaling and poolings, written out."""
+    generator = torch.Generator().manual_seed(0)
+    vgg = Vgg16()
+    for parameter in vgg.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 100
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2 / fan) ** 0.5)
+    widths = (64, 128, 256, 512, 512)
+    lin = {
+        f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1, generator=generator)
+        for i, w in enumerate(widths)
+    }
+    torch.save({**vgg.state_dict(), "classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
+    torch.save(lin, tmp_path / "lin.pth")
+    a, b = images(2, 3, 20, seed=1), images(2, 3, 20, seed=2)
+    expected = torch.zeros(2)
+    places = [0, 2, "M", 5, 7, "M", 10, 12, 14, "M", 17, 19, 21, "M", 24, 26, 28, "M"]
+    shift, scale = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ([-0.03, -0.088, -0.188], [0.458, 0.448, 0.45])
+    )
+    x, layer = [(image - shift) / scale for image in (a, b)], 0
+    for place in places:
+        if place != "M":
+            conv = vgg.features[str(place)]
+            x = [torch.relu(torch.conv2d(y, conv.weight, conv.bias, padding=1)) for y in x]
+            continue
+        unit = [y / (y.square().sum(1, keepdim=True).sqrt() + 1e-10) for y in x]
+        squares = (unit[0] - unit[1]).square()
+        expected += (lin[f"lin{layer}.model.1.weight"] * squares).sum(1).mean((1, 2))
+        layer += 1
+        if layer < 5:
+            x = [torch.max_pool2d(y, 2) for y in x]
+    made = {"network": f"vgg16:{tmp_path / 'vgg.pth'}", "weights": tmp_path / "lin.pth"}
+    found = PerceptualDistance(**made, pooling="max")(a, b)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert not torch.allclose(PerceptualDistance(**made)(a, b), expected, rtol=1e-2)
+    with pytest.raises(ValueError, match="at least 16 pixels a side; got 8 by 8"):
+        PerceptualDistance(**made)(images(), images())
+    with pytest.raises(ValueError, match="another network's weights"):
+        PerceptualDistance(f"vgg16:{tmp_path / 'lin.pth'}")
+    with pytest.raises(ValueError, match="must hold lin0"):
+        PerceptualDistance("random-conv", weights=tmp_path / "vgg.pth")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -143,7 +190,10 @@ def test_errors_name_the_argument():
     for arguments, said in (
         ({"network": "vgg"}, "network: must be efficientnet-lite0"),
         ({"network": "random-conv", "pooling": "sum"}, "pooling must be average or max"),
-        ({"network": torch.relu, "pooling": "max"}, "pooling: is an option of random-conv"),
+        (
+            {"network": torch.relu, "pooling": "max"},
+            "pooling: is an option of random-conv and vgg16",
+        ),
         ({"network": "random-conv", "weights": (1, -1)}, "weights: must be numbers >= 0"),
         ({"network": "random-conv", "size": 0}, "size: must be at least 1"),
     ):

@@ -10,6 +10,7 @@ from rfkernels.metrics.features.inception import Inception
 from rfkernels.metrics.features.load import FEATURES, extract, load_features
 from rfkernels.metrics.features.network import FeatureNetwork, Pixels
 from rfkernels.metrics.features.random_conv import RandomConv
+from rfkernels.metrics.features.vgg import Vgg16
 
 __all__ = [
     "FEATURES",
@@ -19,6 +20,7 @@ __all__ = [
     "Inception",
     "Pixels",
     "RandomConv",
+    "Vgg16",
     "extract",
     "load_features",
     "train_classifier",

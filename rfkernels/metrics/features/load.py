@@ -13,12 +13,21 @@ from rfkernels.metrics.features.efficientnet import EfficientNetLite0
 from rfkernels.metrics.features.inception import Inception
 from rfkernels.metrics.features.network import Pixels
 from rfkernels.metrics.features.random_conv import RandomConv
+from rfkernels.metrics.features.vgg import Vgg16
 
 __all__ = ["FEATURES", "extract", "load_features"]
 
 Features = Callable[[Tensor], Tensor]
 
-FEATURES = ("pixels", "classifier", "efficientnet-lite0", "inception:PATH", "random-conv")
+FEATURES = (
+    "pixels",
+    "classifier",
+    "efficientnet-lite0",
+    "efficientnet-lite0:SIZE",
+    "inception:PATH",
+    "vgg16:PATH",
+    "random-conv",
+)
 
 
 def load_features(
@@ -33,8 +42,9 @@ def load_features(
     """The features of that name: a callable from (B, C, H, W) images in [-1, 1] to (B, D).
 
     ``pixels``: the numbers themselves, for points too. ``classifier``: a small network trained on
-    images and labels. ``efficientnet-lite0``: ImageNet features, from the extra ``features``.
-    ``inception:PATH``: FID's, from a file of weights that the user has. ``random-conv``: random
+    images and labels. ``efficientnet-lite0``: ImageNet features, from the extra ``features``;
+    a size such as ``efficientnet-lite0:96`` takes less time than its 224. ``inception:PATH``: FID's,
+    from a file of weights that the user has; ``vgg16:PATH`` likewise. ``random-conv``: random
     filters of a seed.
 
     Args:
@@ -60,12 +70,14 @@ def load_features(
         if images is None or labels is None or labels.is_floating_point():
             raise ValueError("features: classifier needs data with class labels; got none")
         network = train_classifier(images, labels, seed=seed, cache=cache)
-    elif name == "efficientnet-lite0":
-        network = EfficientNetLite0()
+    elif kind == "efficientnet-lite0" and (not colon or path.isdecimal()):
+        network = EfficientNetLite0(int(path)) if colon else EfficientNetLite0()
     elif name == "random-conv":
         network = RandomConv(seed)
     elif kind == "inception" and colon and path:
         network = Inception(path)
+    elif kind == "vgg16" and colon and path:
+        network = Vgg16(path)
     else:
         raise ValueError(f"features: must be one of {', '.join(FEATURES)}; got {name!r}")
     return network if device is None else network.to(device)
