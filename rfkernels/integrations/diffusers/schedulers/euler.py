@@ -54,18 +54,21 @@ class RFEulerScheduler(FlowScheduler):
             ValueError: an integer timestep, or shapes that do not fit.
             IndexError: a timestep that is not in the schedule, or a step after the last.
         """
-        index = self._now(timestep)
+        index = self._step_index
+        if index is None or not isinstance(timestep, torch.Tensor):
+            index = self._now(timestep)
+        elif not timestep.is_floating_point():
+            self._refuse_index(timestep)
         config = self._internal_dict
         if per_token_timesteps is not None:
             state = self._token_step(model_output, sample, per_token_timesteps, generator)
         elif config["stochastic_sampling"]:
             state = self._noisy_step(model_output, sample, index, generator)
-        else:
+        elif config["bit_exact"] and model_output.dtype is not torch.float32:
             step = self._sigmas.steps()[index]
-            if config["bit_exact"] and model_output.dtype is not torch.float32:
-                state = updates.euler_rounded_twice(sample, model_output, step)
-            else:
-                state = updates.euler(sample, model_output, step)
+            state = updates.euler_rounded_twice(sample, model_output, step)
+        else:
+            state = updates.euler(sample, model_output, self._sigmas.steps()[index])
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 

@@ -11,11 +11,6 @@ import torch
 _TOLERANCE = 1e-6  # of num_train_timesteps: a few units in the last place of a float32 time
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Counts changes in place; an inference tensor keeps no count."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 class HostCopy:
     """A 1-D tensor and its entries as Python numbers.
 
@@ -26,14 +21,15 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor, known: np.ndarray | None = None) -> None:
         self.tensor = tensor
-        self._read_at = _version(tensor)
+        self._counted = not tensor.is_inference()  # an inference tensor does not count its changes
+        self._read_at = tensor._version if self._counted else 0
         self._values = None if known is None else known.tolist()
 
     def values(self) -> list[float]:
         """The entries."""
-        if self._values is None or self._read_at != _version(self.tensor):
+        if self._values is None or (self._counted and self._read_at != self.tensor._version):
             self._values = self.tensor.tolist()
-            self._read_at = _version(self.tensor)
+            self._read_at = self.tensor._version if self._counted else 0
             self._changed()
         return self._values
 
@@ -62,22 +58,33 @@ class TimeTable(HostCopy):
 
     def __init__(self, tensor: torch.Tensor, known: np.ndarray | None = None) -> None:
         super().__init__(tensor, known)
+        self._exact: dict[float, int] | None = None
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         self._on_device: tuple[torch.Tensor, torch.Tensor, list[float]] | None = None
 
     def _changed(self) -> None:
-        self._sorted = self._on_device = None
+        self._exact = self._sorted = self._on_device = None
+
+    def _places_by_time(self) -> dict[float, int]:
+        values = self.values()
+        if self._exact is None:
+            self._exact = {}
+            repeated = set()
+            for place, time in enumerate(values):
+                if time not in self._exact:
+                    self._exact[time] = place
+                elif time not in repeated:
+                    repeated.add(time)
+                    self._exact[time] = place
+        return self._exact
 
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
         """Distinct times, ascending, and the place of each."""
-        values = self.values()
+        exact = self._places_by_time()
         if self._sorted is None:
-            values = np.asarray(values, dtype=np.float64)
-            order = np.argsort(values, kind="stable")
-            distinct, first, counts = np.unique(
-                values[order], return_index=True, return_counts=True
-            )
-            self._sorted = distinct, order[first + (counts > 1)]
+            times = sorted(exact)
+            places = [exact[time] for time in times]
+            self._sorted = np.asarray(times, dtype=np.float64), np.asarray(places)
         return self._sorted
 
     def find(self, time: float | torch.Tensor, scale: int) -> int:
@@ -93,7 +100,7 @@ class TimeTable(HostCopy):
         if isinstance(time, torch.Tensor):
             place = self._entry(time)
             time = time.item() if place is None else self.values()[place]
-        return int(self._places(np.asarray([time], dtype=np.float64), scale)[0])
+        return self._places([time], scale)[0]
 
     def _entry(self, time: torch.Tensor) -> int | None:
         """Which entry of the tensor a view is."""
@@ -110,7 +117,14 @@ class TimeTable(HostCopy):
         place = time.storage_offset() - whole.storage_offset()
         return place if whole.is_contiguous() and 0 <= place < whole.numel() else None
 
-    def _places(self, times: np.ndarray, scale: int) -> np.ndarray:
+    def _places(self, times: list[float], scale: int) -> list[int]:
+        exact = self._places_by_time()
+        try:
+            return [exact[time] for time in times]
+        except KeyError:
+            return self._nearest(np.asarray(times, dtype=np.float64), scale)
+
+    def _nearest(self, times: np.ndarray, scale: int) -> list[int]:
         distinct, places = self._table()
         after = np.searchsorted(distinct, times).clip(max=len(distinct) - 1)
         before = (after - 1).clip(min=0)
@@ -122,7 +136,7 @@ class TimeTable(HostCopy):
             raise IndexError(
                 f"timestep must be an entry of the scheduler's timesteps; got {float(times[missed][0])!r}"
             )
-        return places[nearer]
+        return places[nearer].tolist()
 
     def levels(self, times: torch.Tensor, levels: Levels, scale: int) -> float | torch.Tensor:
         """The levels at (B,) times, float32 and on their device; a float when there is one time.
@@ -135,11 +149,9 @@ class TimeTable(HostCopy):
                 f"timestep must be 1-D, a time for every sample; got shape {tuple(times.shape)}"
             )
         if times.is_cpu:
-            places = self._places(times.detach().double().numpy(), scale)
             values = levels.values()
-            if len(places) == 1:
-                return values[places[0]]
-            return torch.tensor([values[p] for p in places.tolist()], dtype=torch.float32)
+            found = [values[place] for place in self._places(times.tolist(), scale)]
+            return found[0] if len(found) == 1 else torch.tensor(found, dtype=torch.float32)
         distinct, level = self._device_table(times.device, levels)
         times = times.to(distinct.dtype)
         after = torch.searchsorted(distinct, times).clamp_(max=len(distinct) - 1)
