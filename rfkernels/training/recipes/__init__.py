@@ -14,6 +14,7 @@ from rfkernels.training.recipes.rectified_diffusion_consistency import Rectified
 from rfkernels.training.recipes.rectified_diffusion_phased import RectifiedDiffusionPhased
 from rfkernels.training.recipes.rectified_flow import DistillObjective, FlowObjective
 from rfkernels.training.recipes.rf_plus_plus import RectifiedFlowPlusPlus
+from rfkernels.training.recipes.shortcut import Shortcut
 from rfkernels.training.recipes.slimflow import SlimFlowDistill, SlimFlowReflow
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -28,6 +29,7 @@ RECIPES: dict[str, type[Recipe]] = {
         RectifiedDiffusionConsistency,
         RectifiedDiffusionPhased,
         RectifiedFlowPlusPlus,
+        Shortcut,
         SlimFlowDistill,
         SlimFlowReflow,
     )
@@ -48,6 +50,7 @@ __all__ = [
     "RectifiedDiffusionConsistency",
     "RectifiedDiffusionPhased",
     "RectifiedFlowPlusPlus",
+    "Shortcut",
     "SlimFlowDistill",
     "SlimFlowReflow",
 ]

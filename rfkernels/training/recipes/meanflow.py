@@ -50,7 +50,14 @@ class MeanFlowOptions:
 
             of an effective scale w / (1 - k). Samples whose label is dropped (train.label_dropout)
             keep v. w = 1, k = 0 is no guidance.
+
+    Class attributes:
+        own_tangent: whether du/dt is taken along the network's own velocity, not the sample's.
     """
+
+    flow_map: ClassVar[bool] = True
+    sample_solver: ClassVar[str] = "flow-map"
+    own_tangent: ClassVar[bool] = False
 
     span_fraction: float = 0.25
     weight_power: float = 1.0
@@ -110,9 +117,6 @@ class MeanFlow(MeanFlowOptions, Recipe):
     """
 
     name: ClassVar[str] = "meanflow"
-    flow_map: ClassVar[bool] = True
-    sample_solver: ClassVar[str] = "flow-map"
-    own_tangent: ClassVar[bool] = False
 
     times: Any = field(default_factory=lambda: LogitNormal(mean=0.4))
 
@@ -135,9 +139,9 @@ class ImprovedMeanFlow(MeanFlow):
     averages.
 
     The published guidance v + (1 - 1/w) (v_c - v_u) of scale w is target_guidance_scale = 1,
-    target_guidance_mix = 1 - 1/w here. Published: FID 1.72 in one step (ImageNet 256, second-hand), with w
-    drawn from [1, 8] and a guidance interval, both given to the network, and a second head for v.
-    Those need a network of their own and are left out.
+    target_guidance_mix = 1 - 1/w here. Published: FID 1.72 in one step (ImageNet 256, second-hand),
+    with w drawn from [1, 8] and a guidance interval, both given to the network, and a second head
+    for v. Those need a network of their own and are left out.
     """
 
     name: ClassVar[str] = "improved-meanflow"
@@ -149,12 +153,9 @@ class ImprovedMeanFlow(MeanFlow):
 class MeanFlowObjective(SourceObjective):
     """The regression of average velocities; subclasses say which intervals [t, t + h]."""
 
-    def __init__(
-        self, setting: Setting, recipe: MeanFlowOptions, *, own_tangent: bool | None = None
-    ) -> None:
+    def __init__(self, setting: Setting, recipe: MeanFlowOptions) -> None:
         super().__init__(setting)
         self._recipe = recipe
-        self._own_tangent = recipe.own_tangent if own_tangent is None else own_tangent
         self._averages = spread(recipe.span_fraction, self.train.batch_size)[self._share]
         if recipe.guided:
             conditional = "y" in self.source.draw(0, 1).condition
@@ -234,7 +235,7 @@ class MeanFlowObjective(SourceObjective):
                 return model(x, t, span=span, **condition).to(x.dtype)
 
         along = direction
-        if self._own_tangent:
+        if self._recipe.own_tangent:
             along = self.call(model, x, t, span=torch.zeros_like(span), **condition)
         change = derivative_along(network, x, t, span, along)
         return velocity.index_copy(0, rows, linear_step(direction, (change,), (span,)))
