@@ -236,9 +236,21 @@ class TrainConfig:
                 value in choices, name, f"must be one of {', '.join(map(str, choices))}", value
             )
         if not isinstance(self.path, OwnObject):
-            get_path(self.path)
+            self._check_time_max()
         if not isinstance(self.time_distribution, OwnObject):
             get_time_distribution(self.time_distribution)
+
+    def _check_time_max(self) -> None:
+        """A path whose target diverges at the data must be left before."""
+        last = getattr(get_path(self.path), "t_end", 1.0)
+        if self.time_max is not None:
+            _require(
+                self.time_max <= last,
+                "time_max",
+                f"must not exceed {last}, the largest time with a finite target of this path",
+                self.time_max,
+            )
+        _require(self.time_min < last, "time_min", f"must be below {last}", self.time_min)
 
 
 def check_train(value: object) -> None:
@@ -303,6 +315,9 @@ class DistillConfig:
         distance: "l2", or a callable(prediction, x1) -> (B,) losses or their mean. "l2" compares
             velocities with the loss of `train`; a callable sees the predicted end point x_t + (1 -
             t) v and x1.
+        reverse: distil the way back instead, a fast encoder: times 1/k, 2/k, ..., 1, and a callable
+            distance sees x_t - t v and x0. Such a student is for `rfkernels.invert`, in k Euler
+            steps.
         pairs, solver, pair_steps, pair_batch, guidance_scale: as in ReflowConfig, for when no pairs
             are given.
         train: the training on the pairs; its time_distribution is not used.
@@ -310,6 +325,7 @@ class DistillConfig:
 
     k: int = 1
     distance: str | Distance = "l2"
+    reverse: bool = False
     pairs: int = 10_000
     solver: str = "heun"
     pair_steps: int | None = 20
@@ -319,6 +335,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _whole("k", self.k, 1)
+        if not isinstance(self.reverse, bool):
+            raise TypeError(f"reverse: must be true or false; got {self.reverse!r}")
         check_pair_options(self)
         if not callable(self.distance) and not isinstance(self.distance, OwnObject):
             _require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)

@@ -56,7 +56,8 @@ def distill(
         run, resume, progress: as in `reflow`.
 
     Returns:
-        RunResult; sample its `ema` with the Euler solver in k steps.
+        RunResult; sample its `ema` with the Euler solver in k steps (or, of config.reverse, invert
+        with it).
 
     Raises:
         As `train_flow` and `make_pairs`.
@@ -107,7 +108,10 @@ def distill(
             pairs, seed=config.train.seed, holdout=config.train.holdout, device=device_of(trained)
         )
         objective = DistillObjective(
-            Setting(source, config.train, null_label), k=config.k, distance=config.distance
+            Setting(source, config.train, null_label),
+            k=config.k,
+            distance=config.distance,
+            reverse=config.reverse,
         )
         return run_trainer(
             "distill",

@@ -32,6 +32,11 @@ from rfkernels.training import (
         ({"path": "quadratic"}, "path: must be one of"),
         ({"time_distribution": "gauss"}, "must be one of uniform"),
         ({"time_max": 1.5}, "time_max: must be in"),
+        ({"path": "vp", "time_max": 1.0}, "time_max: must not exceed 0.99999, the largest time"),
+        (
+            {"path": flow.CustomPath(abs, abs, t_end=0.5), "time_min": 0.5},
+            "time_min: must be below",
+        ),
         ({"loss": "l1"}, "loss: must be one of mse"),
         ({"huber_c": 0.1}, "huber_c: belongs to the pseudo-Huber losses"),
         ({"coupling": "greedy"}, "coupling: must be one of independent, ot, ot-global, given"),
@@ -43,6 +48,12 @@ from rfkernels.training import (
 def test_bad_values(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+def test_paths_with_a_finite_target_may_be_trained_to_their_end():
+    for path in ("linear", "trigonometric", "sub-vp"):
+        assert TrainConfig(path=path, time_max=1.0).time_max == 1.0
+    assert TrainConfig(path="vp", time_max=1 - 1e-5, time_min=1e-3).time_min == 1e-3
 
 
 @pytest.mark.parametrize(

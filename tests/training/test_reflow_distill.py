@@ -103,6 +103,36 @@ def test_distances_agree_where_they_must(pairs):
         wrong.loss(model, wrong.batch(0))
 
 
+def test_distillation_of_the_way_back_asks_for_the_source(pairs):
+    """Times 1/k .. 1, and x_t - t v against x0: what an inversion of k Euler steps evaluates."""
+    source = PairSource(pairs, seed=0, holdout=0.0, device=CPU)
+    x0, x1, _ = pairs.batch(torch.arange(40))
+    one = DistillObjective(Setting(source, TRAIN), k=1, distance="l2", reverse=True).batch(0)
+    assert (one["t"] == 1).all()
+    assert {tuple(v) for v in one["xt"].tolist()} <= {tuple(v) for v in x1.tolist()}
+    config = TrainConfig(batch_size=300)
+    many = DistillObjective(Setting(source, config), k=4, distance="l2", reverse=True)
+    assert many.batch(0)["t"].unique().tolist() == [0.25, 0.5, 0.75, 1.0]
+    seen = []
+
+    def distance(prediction, target):
+        seen.append((prediction, target))
+        return (prediction - target).square().flatten(1).mean(1)
+
+    model = teacher()
+    ours = DistillObjective(Setting(source, TRAIN), k=4, distance=distance, reverse=True)
+    batch = ours.batch(0)
+    loss = ours.loss(model, batch)
+    prediction, target = seen[0]
+    assert {tuple(v) for v in target.tolist()} <= {tuple(v) for v in x0.tolist()}
+    with torch.no_grad():
+        back = batch["xt"] - batch["t"][:, None] * model(batch["xt"], batch["t"])
+    torch.testing.assert_close(prediction, back)
+    t = batch["t"][:, None]
+    torch.testing.assert_close(target, batch["xt"] - t * batch["target"], rtol=0, atol=1e-5)
+    assert loss.item() == pytest.approx((back - target).square().mean().item(), rel=1e-5)
+
+
 def test_reflow_starts_from_the_teacher_and_leaves_it_alone(tmp_path):
     first = train_flow(network(), toy("moons", 100), TRAIN)
     before = {n: v.clone() for n, v in first.ema.state_dict().items()}
@@ -254,6 +284,50 @@ def test_a_toy_becomes_straight(name):
     assert cost[1] < 1.03 * cost[0]
     independent = (truth - x0).square().sum(1).mean().item()
     assert cost[0] < 0.8 * independent
+
+
+def test_three_rectified_flow_of_a_ring(tmp_path):
+    """Two rounds: the 3-RF keeps the data and costs no more; the 2-RF is straight already."""
+    train = TrainConfig(steps=300, batch_size=256, learning_rate=5e-3, holdout=0.0, ema_decay=0.98)
+    model = models.build("mlp", seed=0, sample_shape=(2,), width=64, depth=2)
+    first = train_flow(model, toy("ring"), train)
+    config = ReflowConfig(rounds=2, pairs=4000, pair_batch=4000, pair_steps=10, train=train)
+    third = reflow(first, config, run=tmp_path / "run")
+    second = rf.load(tmp_path / "run" / "round-1").model
+    x0, truth = rf.randn(2000, 2, seed=11), toy("ring", size=2000, seed=1).x
+    flows = {1: first.ema, 2: second, 3: third.ema}
+    ends = {k: rf.sample(flow, x0, steps=20, solver="heun") for k, flow in flows.items()}
+    cost = {k: (end - x0).square().sum(1).mean().item() for k, end in ends.items()}
+    assert cost[3] < 1.03 * cost[2] < 1.03**2 * cost[1]
+    straight = {k: float(metrics.straightness(flow, x0, 20)) for k, flow in flows.items()}
+    assert max(straight[2], straight[3]) < 0.1 < straight[1]
+    scale = truth.var(0).sum().item()
+    one_step = float(metrics.energy_distance(rf.sample(third.ema, x0, steps=1), truth))
+    assert (
+        one_step
+        < 0.01 * scale
+        < 0.05 * scale
+        < float(metrics.energy_distance(rf.sample(first.ema, x0, steps=1), truth))
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_student_of_the_way_back_is_a_fast_encoder(tmp_path, k):
+    """N(m, s^2 I) to N(0, I): x1 goes to (x1 - m) / s."""
+    from rfkernels.flow import GaussianMixtureFlow
+
+    mean = torch.tensor([[2.0, -1.0]])
+    flow = GaussianMixtureFlow(mean, 0.5)
+    pairs = make_pairs(flow.velocity, 2000, (2,), folder=tmp_path / "p", steps=30, batch=2000)
+    train = TrainConfig(steps=250, batch_size=128, learning_rate=1e-2, ema_decay=0.95, holdout=0.0)
+    config = DistillConfig(k=k, reverse=True, train=train)
+    student = distill(network(), config, pairs=pairs, run=tmp_path / "run").ema
+    x1 = mean + 0.5 * rf.randn(500, 2, seed=4)
+    codes = rf.invert(student, x1, steps=k)
+    assert (codes - (x1 - mean) / 0.5).square().mean().sqrt() < 0.15
+    assert rf.load(tmp_path / "run").config == config
+    with pytest.raises(TypeError, match="reverse: must be true or false; got 1"):
+        DistillConfig(reverse=1)
 
 
 def test_students_of_one_and_two_steps_follow_their_teacher(tmp_path):

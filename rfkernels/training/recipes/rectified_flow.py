@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rfkernels.training.config import Distance
-from rfkernels.training.objective import Batch, Setting, SourceObjective, per_sample
+from rfkernels.training.objective import Batch, Setting, SourceObjective, per_sample, source_of
 from rfkernels.training.sources import Draw
 
 __all__ = ["DistillObjective", "FlowObjective"]
@@ -31,40 +31,43 @@ class DistillObjective(SourceObjective):
 
     With distance "l2" the loss is |v(x_t, t) - (x1 - x0)|^2, which for k = 1 is |x0 + v(x0, 0) -
     x1|^2. A callable distance sees (x_t + (1 - t) v, x1), both (B, ...) float32, and returns (B,)
-    losses or their mean.
+    losses or their mean. In `reverse` v at t = (j+1)/k sends x_t to x0, and the distance sees
+    (x_t - t v, x0).
     """
 
-    def __init__(self, setting: Setting, *, k: int, distance: str | Distance) -> None:
+    def __init__(
+        self, setting: Setting, *, k: int, distance: str | Distance, reverse: bool = False
+    ) -> None:
         super().__init__(setting)
-        self._k, self._distance = k, distance
+        self._k, self._distance, self._reverse = k, distance, reverse
 
     def batch(self, step: int) -> Batch:
         draw = self.draw(step)
         if self._k == 1:
             return self._paired(draw, torch.zeros(len(draw.x1), device=draw.x1.device))
         u = self.uniform("time", step)
-        return self._paired(draw, (u * self._k).floor().clamp_(max=self._k - 1) / self._k)
+        return self._paired(draw, (u * self._k).floor().clamp_(max=self._k - 1))
 
     def held_out(self) -> Batch | None:
         draw = self.source.held_out()
         if draw is None:
             return None
-        return self._paired(
-            draw, (torch.arange(len(draw.x1), device=draw.x1.device) % self._k) / self._k
-        )
+        count = torch.arange(len(draw.x1), device=draw.x1.device)
+        return self._paired(draw, (count % self._k).to(torch.float32))
 
-    def _paired(self, draw: Draw, t: torch.Tensor) -> Batch:
-        batch = self.state(draw, t)
+    def _paired(self, draw: Draw, j: torch.Tensor) -> Batch:
+        batch = self.state(draw, (j + 1 if self._reverse else j) / self._k)
         if callable(self._distance):
-            batch["x1"] = draw.x1
+            batch["end"] = source_of(draw) if self._reverse else draw.x1
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         if not callable(self._distance):
             return self.regression(self.velocity(model, batch), batch["target"])
         velocity, t = self.velocity(model, batch), batch["t"]
-        end = batch["xt"] + per_sample(1.0 - t, velocity) * velocity
-        return mean_distance(self._distance, end, batch["x1"])
+        way = -t if self._reverse else 1.0 - t
+        end = batch["xt"] + per_sample(way, velocity) * velocity
+        return mean_distance(self._distance, end, batch["end"])
 
 
 def mean_distance(
