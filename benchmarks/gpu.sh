@@ -122,7 +122,7 @@ with rf.use_backend("native"): print(rf.euler_step(x, x, 0.5).tolist())'
     printf 'tests\tskipped: pytest or hypothesis is missing\t0\n' >>"$work/stages.tsv"
   fi
   if [ -f "$root/benchmarks/run.py" ]; then
-    stage benchmarks 150 "$python" -P "$root/benchmarks/run.py" --device cuda --only ode_step,interpolate,flow_loss,random \
+    stage benchmarks 150 "$python" -P "$root/benchmarks/run.py" --device cuda --only ode_step,interpolate,flow_loss,random,projected_update \
       --out "$work/benchmarks.csv"
     # against cuDNN's and flash attention in the same process; float32 baselines are of no interest here
     stage attention 200 "$python" -P "$root/benchmarks/run.py" --device cuda --only attention \

@@ -120,7 +120,7 @@ class Case:
     """One op at one task.
 
     Attributes:
-        op: the op's room in the package: ode_step, interpolate, flow_loss, random or attention.
+        op: the op's room in the package: ode_step, interpolate, flow_loss, random, attention or projected_update.
         name: unique.
         build: the spellings for a setting.
         bytes: the fewest that must move, each input read once and each output written once.
@@ -200,9 +200,9 @@ def all_cases(only: str | None = None) -> list[Case]:
     Raises:
         ValueError: nothing is called that.
     """
-    from ops import attention, flow_loss, interpolate, ode_step, random
+    from ops import attention, flow_loss, interpolate, ode_step, projected_update, random
 
-    modules = (ode_step, interpolate, flow_loss, random, attention)
+    modules = (ode_step, interpolate, flow_loss, random, attention, projected_update)
     cases = [case for module in modules for case in module.CASES]
     if only is None:
         return cases

@@ -66,7 +66,7 @@ def arguments_of(command_line: list[str] | None) -> argparse.Namespace:
     add(
         "--only",
         metavar="OP",
-        help="ops (ode_step, interpolate, flow_loss, random, attention) or cases, separated by commas",
+        help="ops (ode_step, interpolate, flow_loss, random, attention, projected_update) or cases, separated by commas",
     )
     add("--sizes", metavar="SIZE,...", help=f"of {', '.join(SIZES)} (default: the first three)")
     add(

@@ -7,8 +7,8 @@
 // 36 bytes in float32 where the row test passes or nothing is projected: u of a row waits in the second-level cache. When the
 // whole layer is projected, or a row is longer than kRowBuffer, sum u w is not known in time and step 2 falls apart:
 // 24 (m, v) + 16 (u once more from m and v, w), 48 in all. Step 2 walks backwards, so that of a large parameter what step 1
-// read last is still in the cache; a small one is read from memory once. Never projected: step 2 alone. SGDP has no v: 28, 36
-// (40 where the projected update goes into the momentum buffer) and 20. An average adds 8.
+// read last is still in the cache; a small one is read from memory once. Never projected: step 2 alone. SGDP has no v: 28, 40
+// (36, and the projected update that goes into the momentum buffer, or nesterov's second look at g) and 20. An average adds 8.
 //
 // Sums run over RFK_UPDATE_BLOCK columns of one row in kLanes partial sums of C, then in double in order: the result depends
 // neither on threads nor on the instruction set nor on which of the ways above was taken.

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tensors import LAYOUTS, laid_out, normal, shapes
 from tolerances import BF16, DTYPES, F16, F32, F64, UNIT, compute
 
+import rfkernels as rf
+from rfkernels._dispatch import unavailable_reason
 from rfkernels.ops.projected_update import projected_update
 
 with warnings.catch_warnings():
@@ -360,3 +362,31 @@ def test_the_extension_takes_no_layout_on_trust():
             _C.projected_update([weight], [grad], *state, numbers, 0, 0, 0)
     with pytest.raises(ValueError, match="one entry per weight"):
         _C.projected_update([plain], [], *state, numbers, 0, 0, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_no_synchronisation_and_graphs_on_cuda(backend):
+    if unavailable_reason(backend, "cuda", "projected_update"):
+        pytest.skip(f"{backend} does not serve CUDA here")
+    shapes_ = [(64, 300), (5, 5000), (33,)]
+    rates = (torch.tensor(0.03125, device="cuda"), 0.03125)
+    eager, captured = (Problem("adamp", shapes_, F32, "cuda", lr=lr) for lr in rates)
+    grads = [gradient(w.cpu(), "rows", k).float().cuda() for k, w in enumerate(eager.weights)]
+    with rf.use_backend(backend):
+        eager.step(grads)
+        captured.step(grads)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                eager.step(grads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step(grads)
+        for _ in range(3):
+            graph.replay()
+    for a, e in zip(captured.tensors(), eager.tensors(), strict=True):
+        same_bits(a, e)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rfkernels as rf
+from rfkernels.ops.projected_update import projected_update
 
 _C = pytest.importorskip("rfkernels._C", reason="the extension is not built here")
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,6 +179,12 @@ def test_an_unknown_instruction_set_is_refused():
         _C.cap_isa("sse")
 
 
+def sgdp_step(x: torch.Tensor) -> torch.Tensor:
+    weight, momentum = x.clone(), torch.zeros_like(x)
+    projected_update([weight], [x], [momentum], rule="sgdp", lr=0.1)
+    return weight
+
+
 @pytest.mark.parametrize(
     "row", rf.backend_table(), ids=lambda r: f"{r['op']}-{r['backend']}-{r['device']}"
 )
@@ -196,6 +203,7 @@ def test_the_table_of_doctor_is_true(row):
         "random": lambda: rf.randn(3, 5, seed=1, device=device),
         "quantize": lambda: rf.quantize(heads, heads, precision="int8_bf16"),
         "attention": lambda: rf.attention(heads, heads, heads, precision="int8_bf16"),
+        "projected_update": lambda: sgdp_step(x),
     }
     with rf.use_backend(row["backend"]):
         if row["available"]:

@@ -17,6 +17,13 @@ def cosine(gw, gg, ww, eps: float) -> torch.Tensor:
     return gw / (gg.sqrt().clamp(min=eps) * ww.sqrt().clamp(min=eps))
 
 
+def rate_of(o, device: torch.device) -> torch.Tensor:
+    """The learning rate as a 0-d float64 tensor; filled in on the device, where a copy would make the host wait."""
+    if isinstance(o.lr, torch.Tensor):
+        return o.lr.double()
+    return torch.full((), o.lr, dtype=torch.float64, device=device)
+
+
 def advance(g, m, v, step, o) -> torch.Tensor:
     """Moves the moments in place and returns the update u."""
     c1 = 1.0 - (o.beta1 if o.rule == "adamp" else o.beta2)
@@ -78,7 +85,7 @@ def projected_update(
         reduce(reduced)
     for k, stored in enumerate(weights):
         w, u = to_compute(stored, compute_dtype(stored)), updates[k]
-        lr = torch.as_tensor(o.lr, dtype=torch.float64, device=w.device)
+        lr = rate_of(o, w.device)
         decay, scale = lr * o.weight_decay, lr
         if projected[k]:
             u, found = projection(u, w, sums[k], reduced[k], totals[k] or w.numel(), o)

@@ -9,6 +9,7 @@ kernel alone. Powers of beta come from torch: Triton has no pow.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from rfkernels.backends.reference.precision import compute_dtype
+from rfkernels.backends.reference.projected_update import rate_of
 from rfkernels.backends.triton.launch import double_words, launch
 from rfkernels.backends.triton.tiles import rounded, scalar
 
@@ -27,7 +29,9 @@ _TRITON = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_captured: list[torch.Tensor] = []  # host tables that a captured graph copies from at every replay
+KEPT = 64  # tables on the device: of the same tensors in the next step nothing is copied
+_tables: OrderedDict[tuple, tuple[torch.Tensor, ...]] = OrderedDict()
+_captured: list[tuple[torch.Tensor, ...]] = []  # what captured graphs read at every replay
 
 
 @triton.jit
@@ -274,19 +278,25 @@ def _kind(tensors: list[torch.Tensor], average, columns: int, projected: bool) -
     )
 
 
-def _on_device(values: list, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Host numbers on the device, by a copy that nobody waits for."""
+def _on_device(values: list[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Host numbers on the device, by a copy that nobody waits for, or from an earlier call."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    host = torch.tensor(values, dtype=dtype, pin_memory=True)
+    key = (device, dtype, torch.cuda.current_stream(device).cuda_stream, tuple(values))
+    if key not in _tables:
+        host = torch.tensor(values, dtype=dtype, pin_memory=True)
+        _tables[key] = host.to(device, non_blocking=True), host
+        if len(_tables) > KEPT:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
-    return host.to(device, non_blocking=True)
+        _captured.append(_tables[key])
+    return _tables[key][0]
 
 
 def _numbers(steps, count: int, o, device: torch.device) -> torch.Tensor:
     """(count, 4) float64: correction of the second moment, step size, weight factor, the same where projected."""
-    lr = torch.as_tensor(o.lr, dtype=torch.float64, device=device)
+    lr = rate_of(o, device)
     table = torch.ones(count, 4, dtype=torch.float64, device=device)
     if o.rule == "adamp":
         t = torch.stack(steps).double() + 1.0
