@@ -77,6 +77,17 @@ def test_vp_keeps_its_precision_next_to_the_data_and_names_its_singularity():
     assert math.isfinite(path.coefficients(path.t_end).dsigma)
 
 
+def test_only_vp_has_a_target_without_bound_and_says_where_to_stop():
+    """With diffusion time u = 1 - t, dsigma is -sqrt(beta_min / u) / 2 next to the data for VP, and
+    -beta_min at the data for sub-VP."""
+    remaining = torch.tensor([1e-6, 1e-8], dtype=torch.float64)
+    found = VPPath().coefficients(1 - remaining).dsigma
+    torch.testing.assert_close(found, -0.5 * (0.1 / remaining).sqrt(), rtol=5e-4, atol=0)
+    assert VPPath.t_end == 1 - 1e-5
+    _, _, _, dsigma = SubVPPath().coefficients(SubVPPath.t_end)
+    assert dsigma.item() == pytest.approx(-0.1, rel=1e-12)
+
+
 def test_vp_inverts_its_schedule():
     path = VPPath()
     t = torch.linspace(0, 1, 101, dtype=torch.float64)

@@ -106,6 +106,32 @@ def test_u_shape_constants():
     assert (shape.cdf(0.75) - shape.cdf(0.25)).item() == pytest.approx(0.32403, abs=5e-6)
 
 
+@pytest.mark.parametrize(
+    ("distribution", "quantiles"),
+    [
+        (LogitNormal(), (0.161806, 0.337492, 0.437000, 0.662508)),
+        # MeanFlow's sigmoid(n - 0.4) on s = 1 - t.
+        (LogitNormal(mean=0.4), (0.223592, 0.431805, 0.536598, 0.745450)),
+        # SD3's s = 1 - u - a (cos(pi u / 2)^2 - 1 + u), which falls with u.
+        (Mode(1.29), (0.106559, 0.383584, 0.470316, 0.616416)),
+        (Mode(-0.5), (0.028078, 0.198223, 0.372746, 0.801777)),
+        (CosMap(), (0.072960, 0.292893, 0.420808, 0.707107)),
+        # u^(2/3), and 1 - (1 - u)^(2/3).
+        (Beta(1.5, 1.0), (0.135721, 0.396850, 0.542884, 0.825482)),
+        (Beta(1.0, 1.5), (0.033617, 0.174518, 0.288621, 0.603150)),
+    ],
+    ids=repr,
+)
+def test_golden_quantiles(distribution, quantiles):
+    """Where 5, 25, 40 and 75 % of the times lie below, t = 0 the noise and t = 1 the data."""
+    levels = torch.tensor([0.05, 0.25, 0.40, 0.75], dtype=torch.float64)
+    found = distribution.cdf(torch.tensor(quantiles, dtype=torch.float64))
+    torch.testing.assert_close(found, levels, rtol=0, atol=2e-6)
+    draws = distribution.sample(200_000, seed=9).double()
+    below = (draws[:, None] < torch.tensor(quantiles)).double().mean(0)
+    torch.testing.assert_close(below, levels, rtol=0, atol=5e-3)
+
+
 def test_a_million_u_shaped_draws():
     shape = UShaped(4.0)
     draws = shape.sample(1_000_000, seed=0).double()
