@@ -4,6 +4,7 @@
 one.
 """
 
+from rfkernels.training.recipes.consistency_fm import ConsistencyFM
 from rfkernels.training.recipes.feature_weighted import FeatureWeighted
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
 from rfkernels.training.recipes.meanflow import ImprovedMeanFlow, MeanFlow
@@ -20,6 +21,7 @@ from rfkernels.training.recipes.slimflow import SlimFlowDistill, SlimFlowReflow
 RECIPES: dict[str, type[Recipe]] = {
     cls.name: cls
     for cls in (
+        ConsistencyFM,
         FeatureWeighted,
         ImprovedMeanFlow,
         InstaFlowDistill,
@@ -37,6 +39,7 @@ RECIPES: dict[str, type[Recipe]] = {
 
 __all__ = [
     "RECIPES",
+    "ConsistencyFM",
     "DistillObjective",
     "FeatureWeighted",
     "FlowObjective",
