@@ -14,6 +14,7 @@ from rfkernels.training.invert_data import invert_data
 from rfkernels.training.load import LoadedRun, load
 from rfkernels.training.make_pairs import make_pairs, model_hash
 from rfkernels.training.metrics_log import read_metrics
+from rfkernels.training.mixed_pairs import MixedPairs
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.reflow import reflow
 from rfkernels.training.train import train_flow
@@ -24,6 +25,7 @@ __all__ = [
     "DistillConfig",
     "FeatureAdapter",
     "LoadedRun",
+    "MixedPairs",
     "OwnObject",
     "PairStore",
     "ReflowConfig",

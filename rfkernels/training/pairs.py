@@ -109,9 +109,10 @@ class PairStore:
         count = shard_count(self.manifest)
         missing = [n for n in range(count) if not shard_file(self.folder, n).is_file()]
         if missing:
+            maker = "invert_data" if self.manifest.get("x0") == "stored" else "make_pairs"
             raise FileNotFoundError(
                 f"pairs: {len(missing)} of {count} shards are missing in {self.folder}; finish "
-                "them with make_pairs(..., resume=True)"
+                f"them with {maker}(..., resume=True)"
             )
         shards = [
             read_shard(shard_file(self.folder, n), shard_rows(self.manifest, n))

@@ -64,6 +64,10 @@ def test_an_interrupted_store_is_finished_and_others_are_refused(tmp_path):
     whole = make(tmp_path / "whole")
     make(tmp_path / "p")
     (tmp_path / "p" / "shard-00001.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"finish them with invert_data\(..., resume=True\)"
+    ):
+        PairStore(tmp_path / "p")
     calls = []
 
     def counting(x, t):

@@ -47,8 +47,9 @@ class RectifiedFlowPlusPlus(PairRecipe):
 
     Start from a pretrained diffusion network: `rfkernels.models.EDMVelocity` and its neighbours
     make one the `teacher`, which makes the pairs and which the student is a copy of. Real data:
-    `rfkernels.training.invert_data` makes pairs of them to fine-tune on (configuration G). Sample
-    with Euler or, in 2 to 4 steps, with solver "rf++".
+    `rfkernels.training.invert_data` makes pairs of them to fine-tune on (configuration G), or to mix
+    among the teacher's (`rfkernels.training.MixedPairs`). Sample with Euler or, in 2 to 4 steps,
+    with solver "rf++".
 
     Attributes:
         a: of the time density, proportional to cosh(a (t - 1/2)); 0 is uniform. Times are drawn
