@@ -34,7 +34,7 @@ from rfkernels.integrations.diffusers.schedulers.host_copy import Levels, TimeTa
 SchedulerOutput = FlowMatchEulerDiscreteSchedulerOutput
 _RESAMPLINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _KEEP, _SHIFT = EXPLICIT = ("keep", "shift")
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")  # so that diffusers' verbosity governs it
 
 
 class FlowScheduler(SchedulerMixin, ConfigMixin):
@@ -60,8 +60,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type: where the grid "unipc" ends: "zero", or "sigma_min", its last level once more.
         integer_timesteps: times cut off to int64, as diffusers' multistep schedulers have them; the network is then
             told a time up to 1 / num_train_timesteps away from the sample's.
-        bit_exact: round like diffusers in every dtype. Without it, float32 steps are equal to diffusers' to the bit where
-            nothing is drawn, and 16-bit ones are rounded once where diffusers rounds twice.
+        bit_exact: round like diffusers in every dtype: Euler's steps and `scale_noise`. Without it, float32 steps are equal
+            to diffusers' to the bit where nothing is drawn, and 16-bit ones are rounded once, where diffusers rounds the
+            step size, its product and the sum.
 
     Raises:
         ValueError: unknown or contradictory options.

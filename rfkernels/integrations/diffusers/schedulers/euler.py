@@ -64,9 +64,9 @@ class RFEulerScheduler(FlowScheduler):
             state = self._token_step(model_output, sample, per_token_timesteps, generator)
         elif config["stochastic_sampling"]:
             state = self._noisy_step(model_output, sample, index, generator)
-        elif config["bit_exact"] and model_output.dtype is not torch.float32:
+        elif config["bit_exact"]:
             step = self._sigmas.steps()[index]
-            state = updates.euler_rounded_twice(sample, model_output, step)
+            state = updates.euler_as_diffusers(sample, model_output, step)
         else:
             state = updates.euler(sample, model_output, self._sigmas.steps()[index])
         self._step_index = index + 1
@@ -77,7 +77,7 @@ class RFEulerScheduler(FlowScheduler):
         level, after = levels[index], levels[index + 1]
         noise = self._noise(sample, generator)
         if self._internal_dict["bit_exact"]:
-            clean = sample.float() - output * level
+            clean = sample.float() - output * updates.rounded(level, output.dtype)
             return ((1.0 - np.float32(after)).item() * clean + after * noise).to(output.dtype)
         kept = 1.0 - after
         return updates.linear(

@@ -20,7 +20,7 @@ def mixed(
             diffusers; else there is one rounding at the end. The same in float32.
     """
     dtype = torch.promote_types(sample.dtype, noise.dtype)
-    if bit_exact and dtype != torch.float32:
+    if bit_exact and not sample.dtype == noise.dtype == torch.float32:
         level = torch.as_tensor(level, device=sample.device).to(sample.dtype)
         level = level.reshape(-1, *[1] * (sample.ndim - 1))
         return level * noise + (1.0 - level) * sample

@@ -26,9 +26,17 @@ def euler(sample: torch.Tensor, output: torch.Tensor, step: float) -> torch.Tens
     return rf.euler_step(sample.to(wide), output, step, cast=dtype)[1]
 
 
-def euler_rounded_twice(sample: torch.Tensor, output: torch.Tensor, step: float) -> torch.Tensor:
-    """The same as diffusers rounds it: the product in the dtype of ``output``, a float32 sum, the result."""
-    return (sample.float() + output * step).to(output.dtype)
+def euler_as_diffusers(sample: torch.Tensor, output: torch.Tensor, step: float) -> torch.Tensor:
+    """The same with diffusers' roundings: the step and its product with ``output`` in the dtype of ``output``, a sum in at
+    least float32, the result."""
+    if sample.dtype is output.dtype is torch.float32:
+        return rf.euler_step(sample, output, step)
+    return (sample.float() + output * rounded(step, output.dtype)).to(output.dtype)
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """As torch rounds a 0-d float32 tensor that meets a tensor of the dtype."""
+    return torch.tensor(number, dtype=dtype).item()
 
 
 def linear(
