@@ -68,10 +68,12 @@ def table(rows: list[Row]) -> str:
     return f"**{TITLES[first['dataset']]}.** {gaussian}\n\n{text}"
 
 
-LEGEND = """Measured (`benchmarks/recipes/run.py`), every method at an equal budget: images seen in training plus evaluations of teachers,
-pairs and averaged networks included, over all stages. FD: Frechet distance of pixels to the training images, lower is better.
-1-NN: accuracy of telling samples from held-out images, 0.5 is best. At 1, 2 and 4 steps from the same noises; students of one step are not made for
-more. memorised: distance to the nearest training image over that of held-out images, below 1 means closer."""
+LEGEND = """Measured (`benchmarks/recipes/run.py`), every method at an equal budget: images seen in
+training plus evaluations of teachers, pairs and averaged networks included, over all stages.
+FD: Frechet distance of pixels to the training images, lower is better. 1-NN: accuracy of telling
+samples from held-out images, 0.5 is best. At 1, 2 and 4 steps from the same noises; students of one
+step are not made for more. memorised: distance to the nearest training image over that of held-out
+images, below 1 means closer. seconds: of processor time, one thread."""
 
 
 def write(page: str) -> str:
