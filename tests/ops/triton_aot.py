@@ -208,9 +208,7 @@ REST = {
     "adamp float64, nesterov": lambda: update(16, 64, dtype=F64, nesterov=True),
     "adamp ragged rows": lambda: update(30, 9),
     "adamp long rows in two phases": lambda: update(2, 70000, reduce=lambda summary: None),
-    "adamp vector": lambda: update(4096),
     "sgdp float32": lambda: update(64, 1152, rule="sgdp"),
-    "sgdp float16, nesterov": lambda: update(64, 1152, dtype=F16, rule="sgdp", nesterov=True),
 }
 
 
