@@ -3,6 +3,8 @@
 #
 #   benchmarks/gpu.sh [RESULTS_FOLDER]        default: benchmarks/results
 #
+# The report is written at the end: where something else ends the script sooner, RFK_GPU_SECONDS (default 710) says when.
+#
 # Needs torch with CUDA, nvcc, cmake and a C++ compiler; triton, pytest and hypothesis where there. Nothing is installed
 # into the environment: the package goes to a temporary folder. Writes gpu-<name>.json (what every stage found) and
 # gpu-<name>.csv (one row a measurement). A stage that fails is recorded and the rest goes on; exit code 1 then.
@@ -17,7 +19,7 @@ trap 'rm -rf "$work"' EXIT
 site=$work/site
 mkdir -p "$site" "$work/logs"
 start=$SECONDS
-limit=710
+limit=${RFK_GPU_SECONDS:-710}
 : >"$work/stages.tsv"
 
 left() { echo $((limit - (SECONDS - start))); }
@@ -33,7 +35,8 @@ stage() {
   fi
   [ "$seconds" -gt "$(left)" ] && seconds=$(left)
   echo "== $name (at most $seconds s)"
-  timeout -k 5 "$seconds" "$@" >"$work/logs/$name.log" 2>&1
+  # an interrupt, on which pytest still says what failed so far
+  timeout -s INT -k 5 "$seconds" "$@" >"$work/logs/$name.log" 2>&1
   rc=$?
   printf '%s\t%s\t%s\n' "$name" "$rc" "$((SECONDS - begin))" >>"$work/stages.tsv"
   if [ "$rc" -ne 0 ]; then
@@ -112,27 +115,29 @@ fi
 if [ "$built" -eq 0 ]; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   cd "$work" || exit 1 # so that the checkout does not shadow the built package
-  stage import 60 "$python" -P -c 'import torch, rfkernels as rf; x = torch.ones(5, device="cuda")
+  export PYTHONSAFEPATH=1 # the same; python -P, which 3.10 has not
+  stage import 60 "$python" -c 'import torch, rfkernels as rf; x = torch.ones(5, device="cuda")
 with rf.use_backend("native"): print(rf.euler_step(x, x, 0.5).tolist())'
-  stage checks 210 "$python" -P "$root/benchmarks/gpu_checks.py" --out "$work/checks.json"
+  stage checks 210 "$python" "$root/benchmarks/gpu_checks.py" --out "$work/checks.json"
+  if [ -f "$root/benchmarks/run.py" ]; then
+    # against cuDNN's and flash attention in the same process; float32 baselines are of no interest here
+    stage attention 200 "$python" "$root/benchmarks/run.py" --device cuda --only attention \
+      --seconds 0.5 --out "$work/attention.csv"
+    stage benchmarks 150 "$python" "$root/benchmarks/run.py" --device cuda --only ode_step,interpolate,flow_loss,random,projected_update \
+      --out "$work/benchmarks.csv"
+  else
+    printf 'benchmarks\tskipped: benchmarks/run.py is missing\t0\n' >>"$work/stages.tsv"
+  fi
+  # Last, as they may take all that is left: the tests run without a GPU too.
   if has pytest && has hypothesis; then
-    stage tests 150 "$python" -P -m pytest "$root/tests/ops" -q --maxfail=25 -p no:cacheprovider
+    stage tests 150 "$python" -m pytest "$root/tests/ops" -q --maxfail=25 -p no:cacheprovider
   else
     echo "   pytest or hypothesis is not installed here: no tests"
     printf 'tests\tskipped: pytest or hypothesis is missing\t0\n' >>"$work/stages.tsv"
   fi
-  if [ -f "$root/benchmarks/run.py" ]; then
-    stage benchmarks 150 "$python" -P "$root/benchmarks/run.py" --device cuda --only ode_step,interpolate,flow_loss,random,projected_update \
-      --out "$work/benchmarks.csv"
-    # against cuDNN's and flash attention in the same process; float32 baselines are of no interest here
-    stage attention 200 "$python" -P "$root/benchmarks/run.py" --device cuda --only attention \
-      --seconds 0.5 --out "$work/attention.csv"
-  else
-    printf 'benchmarks\tskipped: benchmarks/run.py is missing\t0\n' >>"$work/stages.tsv"
-  fi
   if [ "${RFK_SANITIZER:-0}" = 1 ] && command -v compute-sanitizer >/dev/null; then
-    stage memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 3 "$python" -P "$root/benchmarks/gpu_checks.py" --smoke
-    stage racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 3 "$python" -P "$root/benchmarks/gpu_checks.py" --smoke
+    stage memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 3 "$python" "$root/benchmarks/gpu_checks.py" --smoke
+    stage racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 3 "$python" "$root/benchmarks/gpu_checks.py" --smoke
   fi
 fi
 
@@ -154,7 +159,10 @@ for line in (work / "stages.tsv").read_text().splitlines():
         failed = True
 checks = work / "checks.json"
 report = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "stages": stages}
-report["gpu_checks"] = json.loads(checks.read_text()) if checks.exists() else None
+try:
+    report["gpu_checks"] = json.loads(checks.read_text())
+except (OSError, ValueError):  # none, or stopped while writing
+    report["gpu_checks"] = None
 pathlib.Path(target + ".json").write_text(json.dumps(report, indent=1) + "\n")
 rows = []
 for source in (work / "checks.csv", *sorted(work.glob("benchmarks*/**/*.csv")), work / "benchmarks.csv", work / "attention.csv"):
