@@ -1,39 +1,71 @@
-"""Samplers: solvers, time grids, guidance, and the two functions that put them together, ``sample``
-and ``invert``."""
+"""Samplers: solvers, time grids, guidance, and the functions that put them together: ``sample``,
+``invert``, ``reconstruct``, ``log_likelihood``."""
 
+from rfkernels.sampling.adams import AB2, AB3
+from rfkernels.sampling.cuda_graph import forget_graphs
+from rfkernels.sampling.curved import CurvedEuler
 from rfkernels.sampling.ddim import DDIMGrid, ddim
 from rfkernels.sampling.dopri5 import Dopri5
-from rfkernels.sampling.fixed import AB2, RK4, Euler, FixedStepSolver, Heun, Midpoint, Taylor
+from rfkernels.sampling.exponential import DPMSolver, UniPC
+from rfkernels.sampling.fixed import RK4, Euler, FixedStepSolver, Heun, Midpoint
 from rfkernels.sampling.flow_map import FlowMap
 from rfkernels.sampling.grids import CustomGrid, Grid, ShiftedGrid, UniformGrid, get_grid
+from rfkernels.sampling.guidance import (
+    CFGZero,
+    ClassifierFree,
+    Guidance,
+    Interval,
+    Projected,
+    Rescaled,
+)
 from rfkernels.sampling.initial_noise import InitialNoise
+from rfkernels.sampling.lagged import FireFlow, UniInv
 from rfkernels.sampling.run import Run, Solution, Solver
 from rfkernels.sampling.sample import SampleInfo, invert, sample
-from rfkernels.sampling.solvers import get_solver
+from rfkernels.sampling.solvers import SOLVERS, get_solver
+from rfkernels.sampling.stochastic import SDE, Ancestral, Renoise
+from rfkernels.sampling.taylor import Taylor
 from rfkernels.sampling.windows import WindowGrid
 
 __all__ = [
     "AB2",
+    "AB3",
     "RK4",
+    "SDE",
+    "SOLVERS",
+    "Ancestral",
+    "CFGZero",
+    "ClassifierFree",
+    "CurvedEuler",
     "CustomGrid",
     "DDIMGrid",
+    "DPMSolver",
     "Dopri5",
     "Euler",
+    "FireFlow",
     "FixedStepSolver",
     "FlowMap",
     "Grid",
+    "Guidance",
     "Heun",
     "InitialNoise",
+    "Interval",
     "Midpoint",
+    "Projected",
+    "Renoise",
+    "Rescaled",
     "Run",
     "SampleInfo",
     "ShiftedGrid",
     "Solution",
     "Solver",
     "Taylor",
+    "UniInv",
+    "UniPC",
     "UniformGrid",
     "WindowGrid",
     "ddim",
+    "forget_graphs",
     "get_grid",
     "get_solver",
     "invert",

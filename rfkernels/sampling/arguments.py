@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 from rfkernels._dispatch import transforms_active
 from rfkernels.sampling.field import Field
 from rfkernels.sampling.grids import check_times, get_grid
+from rfkernels.sampling.guidance import ClassifierFree, Guidance
 from rfkernels.sampling.run import Solver
 from rfkernels.sampling.solvers import get_solver
 
+CUDAGRAPH = "cudagraph"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,7 +56,16 @@ def make_solver(
 ) -> Solver:
     """The solver with the tolerances of the call; what it has no use for is refused."""
     solver = get_solver(solver)
-    if seed is not None:
+    if getattr(solver, "stochastic", False):
+        if caller == "invert":
+            raise ValueError(
+                f"invert: solver must be deterministic; got {solver.name!r}, which draws noise"
+            )
+        if seed is None:
+            raise ValueError(
+                f"{caller}: seed must be given with solver {solver.name!r}, which draws noise; got None"
+            )
+    elif seed is not None:
         raise ValueError(
             f"{caller}: seed must be left out, since solver {solver.name!r} draws no noise; "
             f"got {seed!r}"
@@ -67,6 +78,27 @@ def make_solver(
             f"steps; got rtol={rtol}, atol={atol}"
         )
     return solver.with_tolerances(rtol, atol)
+
+
+def check_seed(caller: str, seed: int | Tensor, x: Tensor) -> int | Tensor:
+    """An int in [0, 2^63), or an int64 tensor, 0-d or (B,), on x's device."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{caller}: seed must be an int or an int64 tensor; got {seed.dtype}")
+        if seed.shape not in ((), x.shape[:1]):
+            raise ValueError(
+                f"{caller}: seed must be an int, a 0-d or a ({x.shape[0]},) tensor; "
+                f"got shape {tuple(seed.shape)}"
+            )
+        return seed.to(x.device)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(
+            f"{caller}: seed must be an int or an int64 tensor; got {type(seed).__name__}"
+        )
+    seed = operator.index(seed)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{caller}: seed must be in [0, 2**63); got {seed}")
+    return seed
 
 
 def make_times(
@@ -100,22 +132,31 @@ def make_field(
     x: Tensor,
     condition: Mapping[str, Any] | None,
     uncondition: Mapping[str, Any] | None,
-    guidance_scale: float | Tensor | None,
+    guidance_scale: float | Tensor | Guidance | None,
     compile: bool | str | None,
+    solver: Solver,
+    times: Sequence[float],
 ) -> Field:
     """The velocity with its conditions, guided and compiled as asked."""
-    scale = _guidance(caller, guidance_scale, x)
-    if scale is not None and uncondition is None:
+    guidance = _guidance(caller, guidance_scale, x)
+    if guidance is not None:
+        guidance = guidance.begin(times)
+        if guidance.remembers and solver.adaptive:
+            raise ValueError(
+                f"{caller}: guidance_scale must have no momentum with the adaptive solver "
+                f"{solver.name!r}; got {guidance!r}"
+            )
+    if guidance is not None and uncondition is None:
         raise ValueError(
             f"{caller}: uncondition must be given with guidance_scale, the arguments of the "
             "unconditional call ({} for none); got None"
         )
     compiled = None
-    if compile is not None and compile is not False:
+    if compile is not None and compile is not False and compile != CUDAGRAPH:
         if compile is not True and compile not in COMPILE_MODES:
             raise ValueError(
-                f"{caller}: compile must be None, True or one of {', '.join(COMPILE_MODES)}; "
-                f"got {compile!r}"
+                f"{caller}: compile must be None, True or one of {', '.join(COMPILE_MODES)}, "
+                f"{CUDAGRAPH}; got {compile!r}"
             )
         compiled = torch.compile(velocity, mode=None if compile is True else compile)
     return Field(
@@ -124,7 +165,7 @@ def make_field(
         x.shape[0],
         condition=_conditions(caller, "condition", condition),
         uncondition=_conditions(caller, "uncondition", uncondition),
-        guidance_scale=scale,
+        guidance=guidance,
         compiled=compiled,
         # These modes may replay CUDA graphs, whose outputs live until the next replay only.
         copy_outputs=compile in ("reduce-overhead", "max-autotune"),
@@ -137,7 +178,8 @@ def wants_gradients(x: Tensor, field: Field) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    given = (x, field.guidance_scale, *field.condition.values(), *field.uncondition.values())
+    scale = None if field.guidance is None else field.guidance.scale
+    given = (x, scale, *field.condition.values(), *field.uncondition.values())
     return any(isinstance(value, Tensor) and value.requires_grad for value in given)
 
 
@@ -158,20 +200,35 @@ def _conditions(caller: str, name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _guidance(caller: str, scale: float | Tensor | None, x: Tensor) -> float | Tensor | None:
-    """None when no unconditional call is needed, else a float or a 0-d or (B,) tensor."""
+def _guidance(caller: str, scale: float | Tensor | Guidance | None, x: Tensor) -> Guidance | None:
+    """None when no unconditional call is needed, else an object whose scale fits x."""
     if scale is None:
         return None
-    if isinstance(scale, Tensor):
-        if scale.shape not in ((), x.shape[:1]):
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape not in ((), x.shape[:1]):
             raise ValueError(
                 f"{caller}: guidance_scale must be a number, a 0-d or a ({x.shape[0]},) tensor; "
-                f"got shape {tuple(scale.shape)}"
+                f"got shape {tuple(value.shape)}"
             )
-        if scale.is_complex() or scale.dtype == torch.bool:
-            raise TypeError(f"{caller}: guidance_scale must be real; got {scale.dtype}")
-        return scale.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{caller}: guidance_scale must be real; got {value.dtype}")
+        return value.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    if isinstance(scale, Guidance):
+        return scale.per_sample(placed)
+    if isinstance(scale, type) or not (
+        isinstance(scale, Tensor) or (hasattr(scale, "__float__") and not isinstance(scale, bool))
+    ):
+        raise TypeError(
+            f"{caller}: guidance_scale must be a number, a tensor or an object of "
+            f"rfkernels.sampling.guidance; got {type(scale).__name__}"
+        )
+    if isinstance(scale, Tensor):
+        return ClassifierFree(placed(scale))
     scale = _number(caller, "guidance_scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"{caller}: guidance_scale must be finite; got {scale}")
-    return None if scale == 1.0 else scale
+    return None if scale == 1.0 else ClassifierFree(scale)

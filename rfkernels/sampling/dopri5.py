@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rfkernels.ops.ode_step import linear_step
 from rfkernels.sampling.field import Evaluation, Field, State
+from rfkernels.sampling.row_sums import row_sums
 from rfkernels.sampling.run import Run, Solution
 
 # Dormand and Prince 1980, J. Comput. Appl. Math. 6: nodes, stage weights, the fifth-order result
@@ -307,7 +308,7 @@ class _Batch:
             ratio = (values / (size * self.solver.rtol + self.solver.atol)).reshape(
                 self.t.shape[0], -1
             )
-            mean = _row_sums(ratio * ratio) / ratio.shape[1]
+            mean = row_sums(ratio * ratio) / ratio.shape[1]
             return mean.cpu().double().sqrt()
 
     def _first_step(self) -> Tensor:
@@ -350,18 +351,3 @@ def _rows(tensor: Tensor, which: Tensor) -> Tensor:
     return (
         tensor if which.all() else tensor.index_select(0, which.nonzero()[:, 0].to(tensor.device))
     )
-
-
-def _row_sums(values: Tensor) -> Tensor:
-    """(B,) sums over (B, D) by halving.
-
-    torch.sum may add in another order for another B, and one differing bit changes a step size;
-    elementwise additions cannot.
-    """
-    while values.shape[1] > 1:
-        half = values.shape[1] // 2
-        odd = values[:, 2 * half :]
-        values = values[:, :half] + values[:, half : 2 * half]
-        if odd.shape[1]:
-            values[:, :1] += odd
-    return values[:, 0]

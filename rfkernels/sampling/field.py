@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rfkernels.ops.ode_step import euler_step, linear_step, taylor_step
+from rfkernels.ops.ode_step import MAX_TERMS, euler_step, linear_step, taylor_step
+from rfkernels.sampling.guidance import Guidance, Part
 
 
 class State(NamedTuple):
@@ -30,10 +31,15 @@ class State(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The velocity at one point; ``unconditional`` is None when no guidance is at work."""
+    """The velocity at one point.
+
+    ``conditional`` alone, or both velocities of classifier-free guidance, or ``parts``: the
+    (coefficient, tensor) that another kind of guidance makes of them.
+    """
 
     conditional: Tensor
     unconditional: Tensor | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 Term = tuple[float | Tensor, Evaluation]
@@ -49,12 +55,14 @@ class Field:
         batch: B.
         condition: keyword arguments of the conditional call.
         uncondition: keyword arguments of the unconditional call.
-        guidance_scale: g in v = v_uncond + g (v - v_uncond), a float or a 0-d or (B,) tensor; None:
-            one call only.
+        guidance: of ``rfkernels.sampling.guidance``; None: one call only.
         compiled: what to call instead of ``velocity``, except for forward derivatives.
         copy_outputs: keep copies of what the velocity returns, for compiled fields that overwrite
             it at the next call.
         calls: how often the velocity was called.
+        compact: put the guidance into every velocity at once, by one more kernel call each; see
+            :meth:`reserve`.
+        memory: what guidance keeps between evaluations.
     """
 
     velocity: Callable[..., Tensor]
@@ -62,10 +70,12 @@ class Field:
     batch: int
     condition: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     uncondition: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    guidance_scale: float | Tensor | None = None
+    guidance: Guidance | None = None
     compiled: Callable[..., Tensor] | None = None
     copy_outputs: bool = False
     calls: int = 0
+    compact: bool = False
+    memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -83,60 +93,80 @@ class Field:
         place."""
         return torch.full((self.batch,), t, dtype=self.state_dtype, device=state.x.device)
 
-    def __call__(self, state: State, t: Tensor) -> Evaluation:
-        """The velocity at (state, t): one call, or two under guidance. t is (B,)."""
-        conditional = self._call(state, t, self.condition)
-        if self.guidance_scale is None:
-            return Evaluation(conditional)
-        return Evaluation(conditional, self._call(state, t, self.uncondition))
+    def reserve(self, evaluations: int, tensors: int = 0) -> None:
+        """Prepare for updates that sum this many velocities and other tensors besides x.
 
-    def combined(self, state: State, t: Tensor) -> Evaluation:
+        A kernel sums at most 8 tensors. Where guided velocities would be more, each is combined to
+        one tensor when it is evaluated.
+        """
+        if self.guidance is not None:
+            self.compact = evaluations * self.guidance.tensors + tensors > MAX_TERMS
+
+    def __call__(self, state: State, t: float | Tensor) -> Evaluation:
+        """The velocity at (state, t): one call, or two under guidance.
+
+        t is one time for all, or a (B,) tensor.
+        """
+        guidance = self.guidance
+        if guidance is not None and not isinstance(t, Tensor):
+            if guidance.rests_at(t):
+                return Evaluation(torch.zeros_like(state.x))
+            if not guidance.guides_at(t):
+                guidance = None
+        conditional = self._call(state, self._times(t, state), self.condition)
+        if guidance is None:
+            return Evaluation(conditional)
+        unconditional = self._call(state, self._times(t, state), self.uncondition)
+        parts = guidance.parts(conditional, unconditional, state.x, t, self.memory)
+        evaluation = Evaluation(conditional, unconditional, parts)
+        return self._in_one(state.x, evaluation) if self.compact else evaluation
+
+    def combined(self, state: State, t: float | Tensor) -> Evaluation:
         """The velocity at (state, t) with the guidance already in it, in the state's precision when
         guided.
 
         For solvers that keep many velocities: half the memory, at the price of one ``linear_step``
         an evaluation.
         """
-        conditional, unconditional = self(state, t)
-        if unconditional is None:
-            return Evaluation(conditional)
-        g = self.guidance_scale
-        return Evaluation(
-            linear_step(state.x, [conditional, unconditional], [g, 1 - g], x_coefficient=0.0)
-        )
+        return self._in_one(state.x, self(state, t))
 
-    def derivative(self, state: State, t: Tensor, direction: Tensor) -> Evaluation:
+    def derivative(self, state: State, t: float, direction: Tensor) -> Tensor:
         """d velocity / dt along the flow, J direction + dv/dt, exactly, by one forward-mode call
         per velocity.
 
         ``direction`` is the velocity at (state, t) itself. Attention takes its plain form inside,
         since the fused ones have no forward derivative.
         """
-        tangents = (direction.to(state.model_input.dtype), torch.ones_like(t))
+        self._refuse_memory()
+        x, times = state.model_input, self._times(t, state)
+        tangents = (direction.to(x.dtype), torch.ones_like(times))
+        with sdpa_kernel(SDPBackend.MATH):
+            _, change = torch.func.jvp(self._whole, (x, times), tangents)
+        return change
 
-        def along(condition: Mapping[str, Any]) -> Tensor:
-            def call(x: Tensor, t: Tensor) -> Tensor:
-                return self.velocity(x, t, **condition)
+    def two_derivatives(self, state: State, t: float, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second derivative along the flow, by nested forward-mode calls."""
+        self._refuse_memory()
+        x, times = state.model_input, self._times(t, state)
+        one = torch.ones_like(times)
 
-            self.calls += 1
-            with sdpa_kernel(SDPBackend.MATH):
-                _, change = torch.func.jvp(call, (state.model_input, t), tangents)
-            return change
+        def change(x: Tensor, times: Tensor) -> Tensor:
+            along = self._whole(x, times).to(x.dtype)
+            return torch.func.jvp(self._whole, (x, times), (along, one))[1]
 
-        if self.guidance_scale is None:
-            return Evaluation(along(self.condition))
-        return Evaluation(along(self.condition), along(self.uncondition))
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(change, (x, times), (direction.to(x.dtype), one))
 
     def advance(self, x: Tensor, terms: Sequence[Term]) -> State:
         """x + sum of coefficient * velocity, in one kernel call. Coefficients are floats or (B,)
         tensors.
 
-        One term is an ``euler_step``; several are a ``linear_step``, where a guided term is two
-        tensors with the coefficients c g and c (1 - g).
+        One term is an ``euler_step``; several are a ``linear_step``, where a term under guidance is
+        two tensors with the coefficients c g and c (1 - g), or what its parts are.
         """
-        cast = self._cast()
-        if len(terms) == 1:
-            (dt, (conditional, unconditional)) = terms[0]
+        if len(terms) == 1 and terms[0][1].parts is None:
+            (dt, (conditional, unconditional, _)) = terms[0]
+            cast = self._cast()
             if unconditional is None:
                 return self._state(euler_step(x, conditional, dt, cast=cast))
             guided = euler_step(
@@ -144,7 +174,7 @@ class Field:
                 conditional,
                 dt,
                 v_uncond=unconditional,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=self.guidance.scale,
                 cast=cast,
             )
             return self._state(guided)
@@ -155,35 +185,34 @@ class Field:
         x: Tensor,
         x_coefficient: float | Tensor,
         terms: Sequence[Term],
-        tensors: Sequence[tuple[float | Tensor, Tensor]] = (),
+        tensors: Sequence[Part] = (),
+        *,
+        noise: tuple[float, Tensor, Tensor] | None = None,
     ) -> State:
         """x_coefficient x + sum of coefficient * velocity + sum of coefficient * tensor, in one
-        ``linear_step``."""
-        parts: list[tuple[float | Tensor, Tensor]] = []
-        for coefficient, (conditional, unconditional) in terms:
-            if unconditional is None:
-                parts.append((coefficient, conditional))
-            else:
-                parts.append((coefficient * self.guidance_scale, conditional))
-                parts.append((coefficient * (1 - self.guidance_scale), unconditional))
+        ``linear_step``; ``noise`` is (scale, seeds (B,), offsets (B,)) of normal numbers to add."""
+        parts = [
+            (coefficient * share, tensor)
+            for coefficient, evaluation in terms
+            for share, tensor in self._parts(evaluation)
+        ]
         parts.extend(tensors)
-        coefficients = [coefficient for coefficient, _ in parts]
+        scale, seed, offset = (None, None, 0) if noise is None else noise
         moved = linear_step(
             x,
             [tensor for _, tensor in parts],
-            coefficients,
+            [coefficient for coefficient, _ in parts],
             x_coefficient=x_coefficient,
+            noise_scale=scale,
+            seed=seed,
+            offset=offset,
             cast=self._cast(),
         )
         return self._state(moved)
 
-    def taylor(self, x: Tensor, velocity: Evaluation, change: Evaluation, dt: float) -> State:
-        """x + dt velocity + dt^2 / 2 change, in one kernel call; ``velocity`` comes from
-        :meth:`combined`."""
-        if change.unconditional is not None:
-            return self.advance(x, [(dt, velocity), (dt * dt / 2, change)])
-        derivatives = (velocity.conditional, change.conditional)
-        return self._state(taylor_step(x, derivatives, dt, cast=self._cast()))
+    def taylor(self, x: Tensor, derivatives: Sequence[Tensor], dt: float) -> State:
+        """x + dt v + dt^2 / 2 dv/dt + ..., in one kernel call."""
+        return self._state(taylor_step(x, tuple(derivatives), dt, cast=self._cast()))
 
     def select(self, rows: Tensor) -> Field:
         """The field of the samples named by ``rows``, an index tensor on the device.
@@ -203,14 +232,57 @@ class Field:
             batch=rows.shape[0],
             condition={name: cut(value) for name, value in self.condition.items()},
             uncondition={name: cut(value) for name, value in self.uncondition.items()},
-            guidance_scale=cut(self.guidance_scale),
+            guidance=None if self.guidance is None else self.guidance.per_sample(cut),
         )
+
+    def _refuse_memory(self) -> None:
+        if self.guidance is not None and self.guidance.remembers:
+            raise ValueError(
+                "guidance_scale: momentum has no derivative along the flow; take derivative='finite' "
+                f"or momentum=0; got {self.guidance!r}"
+            )
 
     def _cast(self) -> torch.dtype | None:
         return None if self.dtype == self.state_dtype else self.dtype
 
     def _state(self, result: Tensor | tuple[Tensor, Tensor]) -> State:
         return State(*result) if isinstance(result, tuple) else State(result, result)
+
+    def _times(self, t: float | Tensor, state: State) -> Tensor:
+        """(B,) times for one call."""
+        return t if isinstance(t, Tensor) else self.time(t, state)
+
+    def _parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
+        """(coefficient, tensor) of a velocity."""
+        conditional, unconditional, parts = evaluation
+        if parts is not None:
+            return parts
+        if unconditional is None:
+            return ((1.0, conditional),)
+        g = self.guidance.scale
+        return (g, conditional), (1 - g, unconditional)
+
+    def _in_one(self, x: Tensor, evaluation: Evaluation) -> Evaluation:
+        """The same velocity as one tensor; the zero coefficient brings in x's shape and precision."""
+        if evaluation.unconditional is None:
+            return evaluation
+        return Evaluation(self._sum(x, self._parts(evaluation)))
+
+    def _sum(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        tensors, shares = [v for _, v in parts], [share for share, _ in parts]
+        return linear_step(x, tensors, shares, x_coefficient=0.0)
+
+    def _whole(self, x: Tensor, times: Tensor) -> Tensor:
+        """The guided velocity as a function of tensors, for torch.func."""
+        self.calls += 1
+        conditional = self.velocity(x, times, **self.condition)
+        if self.guidance is None:
+            return conditional
+        self.calls += 1
+        unconditional = self.velocity(x, times, **self.uncondition)
+        wide = x.to(self.state_dtype)
+        parts = self.guidance.parts(conditional, unconditional, wide, times, {})
+        return self._sum(wide, self._parts(Evaluation(conditional, unconditional, parts)))
 
     def _call(self, state: State, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         self.calls += 1

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rfkernels.sampling.field import Evaluation, Field, State
+from rfkernels.sampling.field import Field, State
 from rfkernels.sampling.fixed import FixedStepSolver, Interval
 
 __all__ = ["FlowMap"]
@@ -41,9 +41,7 @@ class FlowMap(FixedStepSolver):
     name: ClassVar[str] = "flow-map"
     negative_spans: bool = False
 
-    def step(
-        self, field: Field, state: State, interval: Interval, history: list[Evaluation]
-    ) -> State:
+    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + h u(x, t, span=h)."""
         dt = interval.dt
         if dt < 0 and not self.negative_spans:
@@ -57,7 +55,7 @@ class FlowMap(FixedStepSolver):
             condition=_with_span("condition", field.condition, span),
             uncondition=_with_span("uncondition", field.uncondition, span),
         )
-        average = asked(state, field.time(interval.start, state))
+        average = asked(state, interval.start)
         field.calls = asked.calls
         return field.advance(state.x, [(dt, average)])
 

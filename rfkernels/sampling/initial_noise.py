@@ -55,10 +55,11 @@ class InitialNoise:
                 "sample: solver 'rf++' needs the noise at t = 0, so t_start must be 0; got "
                 f"{times[0]}"
             )
+        field.reserve(1, 1)
         state = field.start(x0)
         kept, noise, count = [x0], state.x, len(times) - 1
         for index, (start, end) in enumerate(pairwise(times)):
-            velocity = field(state, field.time(start, state))
+            velocity = field(state, start)
             state = field.combine(state.x, end, [(end * (1 - start), velocity)], [(1 - end, noise)])
             if run.keep_trajectory:
                 kept.append(state.model_input)

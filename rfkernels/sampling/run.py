@@ -33,12 +33,14 @@ class Run:
         callback: ``callback(step_index, t, x)``, t (B,), x the whole batch in the caller's dtype;
             or None.
         progress: told the fraction that is done, in [0, 1].
+        seed: of a stochastic solver's noise, an int, or an int64 tensor, 0-d or (B,); else None.
     """
 
     times: tuple[float, ...]
     keep_trajectory: bool
     callback: Callback | None
     progress: Callable[[float], None]
+    seed: int | Tensor | None = None
 
 
 class Solution(NamedTuple):
@@ -59,7 +61,8 @@ class Solution(NamedTuple):
 class Solver(Protocol):
     """Anything like this can be passed as ``solver=``.
 
-    A solver with ``adaptive = True`` chooses its own steps, treats the grid as the times to report,
+    A solver with an attribute ``stochastic = True`` gets a seed in its run, and is not for inverting.
+    One with ``adaptive = True`` chooses its own steps, treats the grid as the times to report,
     and has a method ``with_tolerances(rtol, atol)`` that returns a solver with those that are not
     None replaced.
     """

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from rfkernels.sampling import arguments
+from rfkernels.sampling.cuda_graph import replayed
 from rfkernels.sampling.grids import Grid
+from rfkernels.sampling.guidance import Guidance
 from rfkernels.sampling.run import Callback, Run, Solution, Solver, progress_bar
 
 
@@ -46,7 +48,7 @@ def sample(
     steps: int | None = None,
     solver: str | Solver = "euler",
     grid: str | float | Sequence[float] | Tensor | Grid | None = None,
-    guidance_scale: float | Tensor | None = None,
+    guidance_scale: float | Tensor | Guidance | None = None,
     condition: Mapping[str, Any] | None = None,
     uncondition: Mapping[str, Any] | None = None,
     t_start: float = 0.0,
@@ -80,26 +82,34 @@ def sample(
         steps: number of intervals, at least 1. Required unless the grid lists its times or the
             solver is adaptive; for an adaptive solver it is the number of reported intervals, 1 by
             default.
-        solver: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, ``"ab2"``, ``"taylor"``,
-            ``"dopri5"``, ``"rf++"`` (few steps of a reflowed model only), ``"flow-map"`` (a network
-            of average velocities, called with ``span``: :class:`rfkernels.sampling.FlowMap`), or an
-            object such as ``Taylor(derivative="jvp")`` or ``Dopri5(max_steps=100)``.
-        grid: None or ``"uniform"``; ``"shifted"`` (shift 3) or a number, the time shift; ascending
-            times, which then fix ``steps``, ``t_start`` and ``t_end``; or an object with a
-            ``times`` method.
+        solver: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, ``"taylor"``; with the past
+            ``"ab2"``, ``"ab3"``, ``"fireflow"``, ``"uni-inv"``, ``"dpm++"``, ``"unipc"``; adaptive
+            ``"dopri5"``; with noise ``"ancestral"``, ``"sde"``, ``"renoise"``; of other paths
+            ``"curved-euler"``; ``"rf++"`` (few steps of a reflowed model only); ``"flow-map"`` (a
+            network of average velocities, called with ``span``); or an object such as
+            ``Taylor(derivative="jvp")`` or ``Dopri5(max_steps=100)``.
+        grid: None or ``"uniform"``; ``"shifted"`` (shift 3) or a number, the time shift; ``"karras"``,
+            ``"exponential"``, ``"beta"``; ascending times, which then fix ``steps``, ``t_start`` and
+            ``t_end``; or an object with a ``times`` method, such as the grid that ``optimise_grid``
+            found for a model.
         guidance_scale: classifier-free guidance, v = v_uncond + g (v - v_uncond), g a float or a
             0-d or (B,) tensor. None and the number 1.0 skip the unconditional call; a tensor is not
-            read, so its 1.0 does not.
+            read, so its 1.0 does not. Or one of the objects ``Rescaled``, ``Interval``, ``CFGZero``,
+            ``Projected``.
         condition: keyword arguments of the velocity: tensors with the batch first, or anything else
             passed as it is.
-        uncondition: those of the unconditional call; required by guidance, {} for none.
+        uncondition: those of the unconditional call; required by guidance, {} for none. A negative
+            prompt goes here.
         t_start: where x0 is, in [0, 1).
         t_end: where to stop, in (t_start, 1].
         rtol: relative tolerance of an adaptive solver; None keeps the solver's own, 1e-5.
         atol: absolute tolerance of an adaptive solver; None keeps the solver's own, 1e-5.
-        seed: noise of a stochastic solver. The present ones are deterministic and refuse it: the
-            result depends on x0 alone, whose seed is chosen where x0 is drawn.
-        compile: True, or a mode of ``torch.compile``, to compile the velocity.
+        seed: of a stochastic solver's noise, which needs it: an int for the batch, or an int64 tensor
+            (B,), with which each sample draws what it would draw alone. Deterministic solvers refuse
+            it: there the result depends on x0 alone, whose seed is chosen where x0 is drawn.
+        compile: True, or a mode of ``torch.compile``, to compile the velocity; or ``"cudagraph"`` to
+            capture the whole loop of a fixed-step solver in one CUDA graph, which is kept with the
+            velocity and replayed by calls that differ in values alone.
         progress: show a bar with the time left, on standard error.
         callback: ``callback(step_index, t, x)`` after every step, or every attempted one of an
             adaptive solver: t (B,) the time each sample has reached, x (B, ...) in x0's dtype. x
@@ -131,7 +141,7 @@ def invert(
     steps: int | None = None,
     solver: str | Solver = "euler",
     grid: str | float | Sequence[float] | Tensor | Grid | None = None,
-    guidance_scale: float | Tensor | None = None,
+    guidance_scale: float | Tensor | Guidance | None = None,
     condition: Mapping[str, Any] | None = None,
     uncondition: Mapping[str, Any] | None = None,
     t_start: float = 0.0,
@@ -148,8 +158,9 @@ def invert(
 
     Takes the arguments of :func:`sample`, the ascending grid included, which is walked from its end
     to its start; so ``invert`` after ``sample`` with the same arguments returns to x0 up to the
-    error of the solver. The leading error of a solver of even order, all but euler and dopri5,
-    cancels on the way back, so that their round trip has one order more than a single trip.
+    error of the solver; :func:`rfkernels.sampling.reconstruct` does both. The leading error of a
+    one-step solver of even order, of ab2 and of fireflow cancels on the way back, so that their round
+    trip has one order more than a single trip. Stochastic solvers are refused.
     ``SampleInfo.times`` descends, and ``trajectory[0]`` is x1.
 
     Returns:
@@ -192,18 +203,25 @@ def _integrate(
         arguments.check_callable(caller, "callback", callback, "callback(step_index, t, x)")
     solver = arguments.make_solver(caller, solver, rtol, atol, seed)
     times = arguments.make_times(caller, grid, steps, t_start, t_end, solver)
+    if seed is not None:
+        seed = arguments.check_seed(caller, seed, x)
     if caller == "invert":
         times = times[::-1]
     field = arguments.make_field(
-        caller, velocity, x, condition, uncondition, guidance_scale, compile
+        caller, velocity, x, condition, uncondition, guidance_scale, compile, solver, times
     )
     with contextlib.ExitStack() as stack:
         if not arguments.wants_gradients(x, field):
             stack.enter_context(torch.no_grad())
             x = x.detach()
         bar = stack.enter_context(progress_bar(progress, f"{caller} ({solver.name})"))
-        run = Run(times, keep_trajectory=return_info, callback=callback, progress=bar)
-        solution = solver.integrate(field, x, run) if x.numel() else _nothing_to_do(x, run, solver)
+        run = Run(times, return_info, callback, bar, seed)
+        if not x.numel():
+            solution = _nothing_to_do(x, run, solver)
+        elif compile == arguments.CUDAGRAPH:
+            solution = replayed(caller, solver, field, x, run)
+        else:
+            solution = solver.integrate(field, x, run)
     if not return_info:
         return solution.x
     grid_times = torch.tensor(times, dtype=field.state_dtype, device=x.device)

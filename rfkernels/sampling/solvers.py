@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from rfkernels.sampling.adams import AB2, AB3
+from rfkernels.sampling.curved import CurvedEuler
 from rfkernels.sampling.dopri5 import Dopri5
-from rfkernels.sampling.fixed import AB2, RK4, Euler, Heun, Midpoint, Taylor
+from rfkernels.sampling.exponential import DPMSolver, UniPC
+from rfkernels.sampling.fixed import RK4, Euler, Heun, Midpoint
 from rfkernels.sampling.flow_map import FlowMap
 from rfkernels.sampling.initial_noise import InitialNoise
+from rfkernels.sampling.lagged import FireFlow, UniInv
 from rfkernels.sampling.run import Solver
+from rfkernels.sampling.stochastic import SDE, Ancestral, Renoise
+from rfkernels.sampling.taylor import Taylor
 
 SOLVERS: dict[str, type] = {
     cls.name: cls
-    for cls in (Euler, Midpoint, Heun, RK4, AB2, Taylor, Dopri5, InitialNoise, FlowMap)
+    for cls in (
+        *(Euler, Midpoint, Heun, RK4, AB2, Taylor, Dopri5, AB3, FireFlow, UniInv, DPMSolver, UniPC),
+        *(Ancestral, SDE, Renoise, CurvedEuler, InitialNoise, FlowMap),
+    )
 }
 
 

@@ -480,7 +480,7 @@ def test_something_else_than_a_velocity(x0):
 
 
 @pytest.mark.parametrize(
-    "options", [{"order": 1}, {"order": 3}, {"derivative": "exact"}], ids=lambda o: str(o)
+    "options", [{"order": 1}, {"order": 4}, {"derivative": "exact"}], ids=lambda o: str(o)
 )
 def test_refused_taylor(options):
     with pytest.raises(ValueError, match="Taylor: "):

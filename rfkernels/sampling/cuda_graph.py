@@ -1,0 +1,172 @@
+"""The whole loop of a run as one CUDA graph: nothing of it is launched from Python again.
+
+A run of fixed steps reads nothing back from the device, so it can be captured: all network calls and
+kernel calls from x0 to the result. The graph is kept with the velocity object and replayed for calls
+that differ in the values of x0, of tensors in the conditions, of guidance scales and of the seed, which
+are copied into the memory that was captured. Whatever else differs (shapes, grid, solver, numbers) is
+another graph. Weights may change in place between replays, as an optimizer changes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfkernels.sampling.field import Field
+from rfkernels.sampling.run import Run, Solution, Solver
+
+__all__ = ["forget_graphs", "replayed"]
+
+_kept: weakref.WeakKeyDictionary[Any, dict[Hashable, _Captured]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Captured:
+    graph: Any
+    inputs: list[Tensor]
+    solution: Solution
+
+
+def replayed(caller: str, solver: Solver, field: Field, x0: Tensor, run: Run) -> Solution:
+    """What ``solver.integrate`` would return, from a graph captured now or before.
+
+    Raises:
+        ValueError: no CUDA device, an adaptive solver, a callback, or gradients.
+    """
+    _refuse(caller, solver, x0, run)
+    inputs, rebuilt = _inputs(field, x0, run)
+    key = (solver, run.times, run.keep_trajectory, tuple(map(_shape, inputs)), rebuilt.key)
+    graphs = _kept.setdefault(field.velocity, {})
+    if key not in graphs:
+        graphs[key] = _capture(solver, inputs, rebuilt.build)
+    captured = graphs[key]
+    for static, given in zip(captured.inputs, inputs, strict=True):
+        static.copy_(given)
+    captured.graph.replay()
+    x, nfe, trajectory = captured.solution
+    return Solution(x.clone(), nfe, None if trajectory is None else trajectory.clone())
+
+
+def forget_graphs(velocity: Callable[..., Tensor] | None = None) -> None:
+    """Free the graphs of one velocity, or all, with their memory."""
+    if velocity is None:
+        _kept.clear()
+    else:
+        _kept.pop(velocity, None)
+
+
+def _refuse(caller: str, solver: Solver, x0: Tensor, run: Run) -> None:
+    rule = None
+    if x0.device.type != "cuda":
+        rule = f"samples on a CUDA device; got {x0.device}"
+    elif solver.adaptive:
+        rule = f"a solver of fixed steps; got {solver.name!r}"
+    elif run.callback is not None:
+        rule = "no callback, which a replay would not call; got one"
+    elif torch.is_grad_enabled() and x0.requires_grad:
+        rule = "no gradients, which a replay does not record; got x that requires grad"
+    if rule is not None:
+        raise ValueError(f"{caller}: compile='cudagraph' needs {rule}")
+
+
+@dataclass(frozen=True)
+class _Rebuilt:
+    """How to make the field and the run from the input tensors, and what else they consist of."""
+
+    key: Hashable
+    build: Callable[[list[Tensor]], tuple[Field, Tensor, Run]]
+
+
+def _inputs(field: Field, x0: Tensor, run: Run) -> tuple[list[Tensor], _Rebuilt]:
+    """Every tensor whose values may differ from call to call, and the rest."""
+    inputs = [x0]
+    constants: list[Hashable] = []
+
+    def note(value: Any) -> int | None:
+        """The place of a tensor among the inputs; None for a constant."""
+        if isinstance(value, Tensor):
+            inputs.append(value)
+            return len(inputs) - 1
+        constants.append(_constant(value))
+        return None
+
+    def placed(values: Mapping[str, Any]) -> dict[str, tuple[int | None, Any]]:
+        return {name: (note(value), value) for name, value in values.items()}
+
+    condition, uncondition = placed(field.condition), placed(field.uncondition)
+    seed = run.seed
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = torch.tensor(seed, device=x0.device)
+    seed_place = None if seed is None else note(seed)
+    scale = None if field.guidance is None else field.guidance.scale
+    scale_place = note(scale) if isinstance(scale, Tensor) else None
+    if field.guidance is not None:
+        fixed = field.guidance.per_sample(
+            lambda value: None if isinstance(value, Tensor) else value
+        )
+        constants.append(repr(fixed) if scale_place is not None else field.guidance)
+    names = (tuple(condition), tuple(uncondition), seed_place, scale_place)
+
+    def build(tensors: list[Tensor]) -> tuple[Field, Tensor, Run]:
+        def taken(values: dict[str, tuple[int | None, Any]]) -> dict[str, Any]:
+            return {
+                name: value if place is None else tensors[place]
+                for name, (place, value) in values.items()
+            }
+
+        guidance = field.guidance
+        if scale_place is not None:
+            guidance = guidance.per_sample(lambda _: tensors[scale_place])
+        copy = dataclasses.replace(
+            field,
+            condition=taken(condition),
+            uncondition=taken(uncondition),
+            guidance=guidance,
+            memory={},
+            calls=0,
+        )
+        seeds = None if seed_place is None else tensors[seed_place]
+        return (
+            copy,
+            tensors[0],
+            dataclasses.replace(run, seed=seeds, progress=lambda fraction: None),
+        )
+
+    return inputs, _Rebuilt((names, tuple(constants)), build)
+
+
+def _capture(
+    solver: Solver,
+    inputs: list[Tensor],
+    build: Callable[[list[Tensor]], tuple[Field, Tensor, Run]],
+) -> _Captured:
+    """Run once on a side stream, so that libraries set themselves up, and then under capture."""
+    static = [tensor.detach().clone() for tensor in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        solver.integrate(*build(static))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        solution = solver.integrate(*build(static))
+    return _Captured(graph, static, solution)
+
+
+def _shape(tensor: Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def _constant(value: Any) -> Hashable:
+    """Something equal for values that mean the same; objects that cannot be compared are themselves."""
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value) if isinstance(value, (list, dict, set)) else id(value)
+    return value

@@ -1,0 +1,374 @@
+"""Guidance: how the velocities with and without the condition become one.
+
+``guidance_scale=`` of ``sample`` and ``invert`` takes a number, which is :class:`ClassifierFree`, or
+one of the objects below. All of them end as coefficients, a float or (B,) each, of tensors that are
+there anyway, so that guidance stays inside the one kernel call of the solver's update. What a kind
+of guidance reads besides is said where it is defined.
+
+Negative prompts need no kind of their own: give them as ``uncondition``, and guidance moves away from
+them instead of from no prompt.
+
+c is the velocity with the condition, u the one without, both (B, ...); g is the scale, a float, a 0-d
+or a (B,) tensor; sums and norms are per sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rfkernels.ops.ode_step import linear_step
+from rfkernels.sampling.row_sums import row_sums
+
+__all__ = [
+    "CFGZero",
+    "ClassifierFree",
+    "Guidance",
+    "Interval",
+    "Projected",
+    "Rescaled",
+    "get_guidance",
+]
+
+Scale = float | Tensor
+Part = tuple[Scale, Tensor]
+
+
+class Guidance:
+    """The kinds of guidance; each is a frozen dataclass with ``scale``.
+
+    Attributes:
+        scale: g, a float, a 0-d or a (B,) tensor.
+        tensors: how many tensors a guided velocity is a sum of, at most.
+        remembers: whether a guided velocity depends on those before it, which adaptive solvers and
+            forward derivatives do not allow.
+    """
+
+    tensors: ClassVar[int] = 2
+    remembers: bool = False
+
+    def begin(self, times: Sequence[float]) -> Guidance:
+        """The guidance of a run on this grid, given in either direction."""
+        return self
+
+    def guides_at(self, t: float) -> bool:
+        """Whether the unconditional call is needed at this time of all samples."""
+        return True
+
+    def rests_at(self, t: float | Tensor) -> bool | Tensor:
+        """Whether the velocity is 0 at this time, so that no call is needed; (B,) for (B,) times."""
+        return False
+
+    def parts(
+        self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Part, ...] | None:
+        """(coefficient, tensor) of the guided velocity, c's first; None is u + g (c - u).
+
+        Args:
+            c, u: the two velocities.
+            x: the state they were evaluated at.
+            t: its time, one number or (B,).
+            memory: what the guidance keeps between the evaluations of a run.
+        """
+        raise NotImplementedError
+
+    def per_sample(self, change: Callable[[Any], Any]) -> Guidance:
+        """The guidance with ``change`` made to what may be per sample."""
+        return dataclasses.replace(self, scale=change(self.scale))
+
+
+def _checked(owner: str, name: str, value: object) -> None:
+    """Refuse what is neither a finite number nor a tensor."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite; got {value}")
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Guidance):
+    """u + g (c - u); 1 is the condition alone, 0 the lack of it (Ho and Salimans 2022)."""
+
+    scale: Scale
+
+    def __post_init__(self) -> None:
+        _checked("ClassifierFree", "scale", self.scale)
+
+    def parts(
+        self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
+    ) -> None:
+        """None: the kernels know this one."""
+
+
+@dataclass(frozen=True)
+class Rescaled(Guidance):
+    """Classifier-free guidance brought back to the spread of the conditional velocity.
+
+    With w = u + g (c - u), the result is (phi std(c) / std(w) + 1 - phi) w, std over the elements of
+    a sample (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", there on
+    the network's output, as here). It takes the overexposure out of large scales. std(w) follows from
+    the moments of c and u, which are read once more for them.
+
+    Args:
+        scale: g.
+        phi: 0 leaves the guidance as it is, 1 rescales in full; the paper's is 0.7.
+    """
+
+    scale: Scale
+    phi: float = 0.7
+
+    def __post_init__(self) -> None:
+        _checked("Rescaled", "scale", self.scale)
+        _checked("Rescaled", "phi", self.phi)
+        if not 0 <= self.phi <= 1:
+            raise ValueError(f"Rescaled: phi must be in [0, 1]; got {self.phi}")
+
+    def parts(
+        self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Part, ...]:
+        """f g of c and f (1 - g) of u with the factor f of each sample."""
+        c_, u_ = _rows(c, x), _rows(u, x)
+        size = c_.shape[1]
+        c_, u_ = c_ - row_sums(c_)[:, None] / size, u_ - row_sums(u_)[:, None] / size
+        g = self.scale
+        own = row_sums(c_ * c_)
+        guided = (
+            g * g * own
+            + (1 - g) * (1 - g) * row_sums(u_ * u_)
+            + 2 * g * (1 - g) * row_sums(c_ * u_)
+        )
+        ratio = torch.where(guided > 0, own / guided.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
+        factor = self.phi * ratio.sqrt() + (1 - self.phi)
+        return (factor * g, c), (factor * (1 - g), u)
+
+
+@dataclass(frozen=True)
+class CFGZero(Guidance):
+    """CFG-Zero*: the unconditional velocity scaled to fit the conditional one, and a rest at the start.
+
+    The result is s u + g (c - s u) with s = <c, u> / |u|^2, and 0 at times before the grid's
+    ``zero_steps``-th (Fan et al. 2025, "CFG-Zero*: improved classifier-free guidance for flow matching
+    models"). The network is not called where the velocity is 0. c and u are read once more for s.
+
+    Args:
+        scale: g.
+        zero_steps: steps of the grid at the noisy end in which nothing moves; the paper's are 1 or
+            2 of 28 and more, 0 keeps the scaling alone. The default is 0, since a step of a short
+            run is not to be given away unasked.
+        zero_until: the time before which nothing moves; None is that of ``zero_steps``.
+    """
+
+    scale: Scale
+    zero_steps: int = 0
+    zero_until: float | None = None
+
+    def __post_init__(self) -> None:
+        _checked("CFGZero", "scale", self.scale)
+        if isinstance(self.zero_steps, bool) or not isinstance(self.zero_steps, int):
+            raise TypeError(
+                f"CFGZero: zero_steps must be an integer; got {type(self.zero_steps).__name__}"
+            )
+        if self.zero_steps < 0:
+            raise ValueError(f"CFGZero: zero_steps must not be negative; got {self.zero_steps}")
+
+    def begin(self, times: Sequence[float]) -> CFGZero:
+        """With the time that ``zero_steps`` means on this grid."""
+        if self.zero_until is not None or self.zero_steps == 0:
+            return self
+        if self.zero_steps >= len(times):
+            raise ValueError(
+                f"CFGZero: zero_steps must be at most the {len(times) - 1} steps of the grid; "
+                f"got {self.zero_steps}"
+            )
+        return dataclasses.replace(self, zero_until=sorted(times)[self.zero_steps])
+
+    def rests_at(self, t: float | Tensor) -> bool | Tensor:
+        """True before ``zero_until``."""
+        return self.zero_until is not None and t < self.zero_until
+
+    def parts(
+        self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Part, ...]:
+        """g of c and (1 - g) s of u with the s of each sample."""
+        c_, u_ = _rows(c, x), _rows(u, x)
+        square = row_sums(u_ * u_)
+        tiny = torch.finfo(square.dtype).tiny
+        fit = torch.where(square > 0, row_sums(c_ * u_) / square.clamp(min=tiny), 1.0)
+        first, second = self.scale, (1 - self.scale) * fit
+        if isinstance(t, Tensor) and self.zero_until is not None:
+            moving = 1 - self.rests_at(t).to(fit.dtype)
+            first, second = moving * first, moving * second
+        return (first, c), (second, u)
+
+
+@dataclass(frozen=True)
+class Projected(Guidance):
+    """Adaptive projected guidance, APG: what guidance adds is limited, and kept off the direction of the estimate.
+
+    On the data estimates m = x + (1 - t) v of both velocities (Sadat, Hilliges, Weber 2024,
+    "Eliminating oversaturation and artifacts of high guidance scales in diffusion models")::
+
+        d = (m_c - m_u) + momentum * d_previous
+        d = d * min(1, norm_threshold / |d|)
+        d = d - (1 - parallel) <d, m_c> / |m_c|^2 m_c
+        m = m_c + (g - 1) d
+
+    which as a velocity is a sum of c, u and x, and of the past d with momentum: one kernel call still,
+    or two with momentum, which keeps d. c, u and x are read once more for the norms.
+
+    Args:
+        scale: g.
+        parallel: how much of d along m_c stays; the paper's 0 takes it out, since it is what
+            saturates; 1 leaves it.
+        norm_threshold: largest |d| of a sample, root of the sum of squares over its elements; None
+            does not limit it. The paper's is 2.5 to 15, by model.
+        momentum: of the steps before; the paper's is negative, -0.5 or -0.75. 0 remembers nothing;
+            another value needs a solver of fixed steps.
+    """
+
+    scale: Scale
+    parallel: float = 0.0
+    norm_threshold: float | None = None
+    momentum: float = 0.0
+
+    tensors: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "parallel", "momentum"):
+            _checked("Projected", name, getattr(self, name))
+        if self.norm_threshold is not None and not self.norm_threshold > 0:
+            raise ValueError(
+                f"Projected: norm_threshold must be positive or None; got {self.norm_threshold}"
+            )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is momentum."""
+        return self.momentum != 0
+
+    def parts(
+        self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Part, ...]:
+        """Coefficients of c, u, x and the remembered difference."""
+        left = 1 - t
+        column = left[:, None] if isinstance(t, Tensor) else left
+        safe = left.clamp(min=1e-6) if isinstance(t, Tensor) else max(left, 1e-6)
+        past = memory.get("difference")
+        c_, x_ = _rows(c, x), _rows(x, x)
+        # Everything over 1 - t, in units of the velocity.
+        change = c_ - _rows(u, x)
+        push = 0.0
+        if past is not None:
+            push = self.momentum / safe
+            change = change + (push[:, None] if isinstance(push, Tensor) else push) * _rows(past, x)
+        if self.remembers:
+            kept = [(left, c), (-left, u)] + ([] if past is None else [(self.momentum, past)])
+            memory["difference"] = linear_step(
+                x, [tensor for _, tensor in kept], [k for k, _ in kept], x_coefficient=0.0
+            )
+        estimate = x_ + column * c_
+        square, tiny = row_sums(estimate * estimate), torch.finfo(x.dtype).tiny
+        more = self.scale - 1
+        if self.norm_threshold is not None:
+            norm = left * row_sums(change * change).sqrt()
+            more = more * (self.norm_threshold / norm.clamp(min=tiny)).clamp(max=1.0)
+        along = row_sums(change * estimate) / square.clamp(min=tiny)
+        off = more * (1 - self.parallel) * along  # of m_c = x + (1 - t) c
+        parts = [(1 + more - off * left, c), (-more, u), (-off, x)]
+        if past is not None:
+            parts.append((more * push, past))
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Interval(Guidance):
+    """Guidance within an interval of times, the condition alone outside of it.
+
+    Kynkäänniemi et al. 2024, "Applying guidance in a limited interval improves sample and distribution
+    quality": guidance does harm near the noise and little near the data. Outside the interval there is
+    no unconditional call either, except under an adaptive solver, whose samples have times of their
+    own.
+
+    Args:
+        guidance: a number, a tensor or one of the other kinds.
+        start, end: the interval, both ends in it.
+    """
+
+    guidance: Any
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", get_guidance(self.guidance))
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                "Interval: start and end must satisfy 0 <= start < end <= 1; "
+                f"got {self.start} and {self.end}"
+            )
+
+    @property
+    def scale(self) -> Scale:
+        """Of the guidance inside."""
+        return self.guidance.scale
+
+    @property
+    def tensors(self) -> int:
+        """Of the guidance inside."""
+        return self.guidance.tensors
+
+    @property
+    def remembers(self) -> bool:
+        """Of the guidance inside."""
+        return self.guidance.remembers
+
+    def begin(self, times: Sequence[float]) -> Interval:
+        """With the guidance inside begun."""
+        return dataclasses.replace(self, guidance=self.guidance.begin(times))
+
+    def guides_at(self, t: float) -> bool:
+        """True inside the interval."""
+        return self.start <= t <= self.end and self.guidance.guides_at(t)
+
+    def rests_at(self, t: float | Tensor) -> bool | Tensor:
+        """As the guidance inside."""
+        return self.guidance.rests_at(t)
+
+    def parts(
+        self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Part, ...] | None:
+        """Those of the guidance inside, for samples whose time is inside; else c alone."""
+        parts = self.guidance.parts(c, u, x, t, memory)
+        if not isinstance(t, Tensor):
+            return parts
+        if parts is None:
+            parts = ((self.scale, c), (1 - self.scale, u))
+        inside = (t >= self.start) & (t <= self.end)
+        resting = self.rests_at(t)
+        first = 1 - resting.to(t.dtype) if isinstance(resting, Tensor) else 1.0
+        alone = (first, *(0.0,) * (len(parts) - 1))
+        return tuple(
+            (torch.where(inside, coefficient, other), tensor)
+            for (coefficient, tensor), other in zip(parts, alone, strict=True)
+        )
+
+    def per_sample(self, change: Callable[[Any], Any]) -> Interval:
+        """The same made to the guidance inside."""
+        return dataclasses.replace(self, guidance=self.guidance.per_sample(change))
+
+
+def get_guidance(value: object) -> Guidance:
+    """A number or tensor as :class:`ClassifierFree`; an object as it is."""
+    return value if isinstance(value, Guidance) else ClassifierFree(value)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """(B, D) in the precision of the state."""
+    return values.reshape(values.shape[0], -1).to(like.dtype)
