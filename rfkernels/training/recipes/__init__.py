@@ -9,6 +9,7 @@ from rfkernels.training.recipes.feature_weighted import FeatureWeighted
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
 from rfkernels.training.recipes.meanflow import ImprovedMeanFlow, MeanFlow
 from rfkernels.training.recipes.perflow import PeRFlow
+from rfkernels.training.recipes.re_meanflow import ReMeanFlow
 from rfkernels.training.recipes.recipe import PairRecipe, Recipe
 from rfkernels.training.recipes.rectified_diffusion import RectifiedDiffusion
 from rfkernels.training.recipes.rectified_diffusion_consistency import RectifiedDiffusionConsistency
@@ -27,6 +28,7 @@ RECIPES: dict[str, type[Recipe]] = {
         InstaFlowDistill,
         MeanFlow,
         PeRFlow,
+        ReMeanFlow,
         RectifiedDiffusion,
         RectifiedDiffusionConsistency,
         RectifiedDiffusionPhased,
@@ -48,6 +50,7 @@ __all__ = [
     "MeanFlow",
     "PairRecipe",
     "PeRFlow",
+    "ReMeanFlow",
     "Recipe",
     "RectifiedDiffusion",
     "RectifiedDiffusionConsistency",

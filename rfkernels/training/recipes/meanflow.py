@@ -194,7 +194,11 @@ class MeanFlowObjective(SourceObjective):
         target = self._average_target(model, batch, self._guided_velocity(model, batch))
         average = self.call(model, x, t, span=batch["span"], **condition)
         return adaptive_loss(
-            average, target, power=self._recipe.weight_power, floor=self._recipe.weight_floor
+            average,
+            target,
+            power=self._recipe.weight_power,
+            floor=self._recipe.weight_floor,
+            weight=batch.get("weight"),
         )
 
     @torch.no_grad()
@@ -268,13 +272,19 @@ def derivative_along(
 
 
 def adaptive_loss(
-    prediction: torch.Tensor, target: torch.Tensor, *, power: float, floor: float
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    power: float,
+    floor: float,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over the samples of e / stop_gradient(e + floor)^power, e the squared error summed over
-    a sample (Geng et al. 2025, appendix)."""
+    """Mean over the samples of weight e / stop_gradient(e + floor)^power, e the squared error summed
+    over a sample, weight (B,) or 1 (Geng et al. 2025, appendix)."""
     size = prediction[0].numel()
     error = flow_loss(prediction, target, reduction="none") * size
-    return (error * (error.detach() + floor).pow(-power)).mean()
+    scale = (error.detach() + floor).pow(-power)
+    return (error * (scale if weight is None else scale * weight)).mean()
 
 
 def spread(fraction: float, count: int) -> torch.Tensor:
