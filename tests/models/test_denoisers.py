@@ -194,6 +194,14 @@ def test_gradients_reach_weights_states_and_times(convention):
     torch.testing.assert_close(change, difference.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_compiled_without_a_graph_break(convention):
+    model = CONVENTIONS[convention](lambda x, label: torch.tanh(x) * label.cos()[:, None])
+    x, t = rf.randn(4, 3, seed=0), torch.tensor([0.0, 0.3, 0.8, 1.0])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, t), model(x, t))
+
+
 def test_a_wrapped_network_is_trained_reflowed_and_loaded(tmp_path):
     """A wrapper of a reference network is described by name, so that its run is loaded alone."""
     inner = models.build("mlp", seed=0, sample_shape=(2,), width=16, depth=1, num_classes=3)
