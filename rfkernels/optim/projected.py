@@ -102,26 +102,28 @@ class Projected(torch.optim.Optimizer):
         calls: dict[tuple, _Call] = {}
         still: list[tuple[torch.Tensor, torch.Tensor]] = []
         for p in group["params"]:
-            average = self._ema.get(p)
-            if p.grad is None:
+            average = self._ema.get(p) if self._ema else None
+            grad, dims = p.grad, p.ndim
+            if grad is None:
                 if average is not None:
                     still.append((average, p))
                 continue
-            self._check(p)
-            shard = _shard_group(type(self).__name__, p)
-            # Elements of vectors do not depend on each other: nothing is asked of other shards.
-            shard = shard if p.ndim > 1 else None
-            call = calls.setdefault((p.device, shard), _Call())
-            state = self._state_of(p)
-            call.weights.append(_local(p))
-            call.grads.append(_local(p.grad))
-            for name, moments in zip(self._moments, (call.first, call.second), strict=False):
-                moments.append(_local(state[name]))
-            if "step" in state:
-                call.steps.append(state["step"])
-            call.averages.append(None if average is None else _local(average))
-            call.projected.append(p.ndim > 1)
-            call.totals.append(p.numel())
+            if grad.layout is not torch.strided:
+                raise TypeError(
+                    f"{type(self).__name__}: gradients must be dense; got one of layout {grad.layout}"
+                )
+            state = self.state[p] or self._new_state(p)
+            shard, total, moments = None, 0, [state[name] for name in self._moments]
+            tensors = [p, grad, average, *moments]
+            if type(p) is not torch.nn.Parameter and _is_dtensor(p):
+                # Elements of vectors do not depend on each other: nothing is asked of other shards.
+                shard = _shard_group(type(self).__name__, p) if dims > 1 else None
+                total = p.numel()
+                tensors = [_local(t) for t in tensors]
+            key = (p.device, shard)
+            if key not in calls:
+                calls[key] = _Call()
+            calls[key].add(*tensors, step=state.get("step"), projected=dims > 1, total=total)
         options = self._options(group)
         for (device, shard), call in calls.items():
             projected_update(
@@ -134,22 +136,15 @@ class Projected(torch.optim.Optimizer):
         for average, p in still:
             average.lerp_(p.to(average.dtype), 1.0 - group["ema_decay"])
 
-    def _check(self, p: torch.Tensor) -> None:
-        if p.grad.layout is not torch.strided:
-            raise TypeError(
-                f"{type(self).__name__}: gradients must be dense; got one of layout {p.grad.layout}"
-            )
-
-    def _state_of(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[p]
-        if not state:
-            if self._rule == "adamp":
-                # On the device, so that a captured step counts.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for name in self._moments:
-                state[name] = torch.zeros_like(
-                    p, dtype=compute_dtype(p), memory_format=torch.preserve_format
-                )
+        if self._rule == "adamp":
+            # On the device, so that a captured step counts.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for name in self._moments:
+            state[name] = torch.zeros_like(
+                p, dtype=compute_dtype(p), memory_format=torch.preserve_format
+            )
         return state
 
 
@@ -166,6 +161,18 @@ class _Call:
         self.projected: list[bool] = []
         self.totals: list[int] = []
 
+    def add(self, weight, grad, average, first, second=None, *, step, projected, total) -> None:
+        self.weights.append(weight)
+        self.grads.append(grad)
+        self.averages.append(average)
+        self.first.append(first)
+        if second is not None:
+            self.second.append(second)
+        if step is not None:
+            self.steps.append(step)
+        self.projected.append(projected)
+        self.totals.append(total)
+
 
 def _on_device(lr: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
     """A learning rate that the kernel on that device can read; a tensor of the CPU is a number to CUDA."""
@@ -179,18 +186,16 @@ def _is_dtensor(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
+def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor.to_local() if tensor is not None and _is_dtensor(tensor) else tensor
 
 
 def _shard_group(name: str, p: torch.Tensor):
-    """The process group over which the rows of a parameter are split; None where they are not.
+    """The process group over which the rows of a DTensor are split; None where they are not.
 
     Raises:
         ValueError: split in another way, or the gradient in another way than the parameter.
     """
-    if not _is_dtensor(p):
-        return None
     if not _is_dtensor(p.grad) or p.grad.placements != p.placements:
         got = p.grad.placements if _is_dtensor(p.grad) else "an ordinary tensor"
         raise ValueError(

@@ -6,6 +6,7 @@ import torch
 
 from rfkernels import _C
 
+CHECKS_TENSORS = True  # the extension refuses what it cannot take before it writes anything
 _RULES = {"adamp": 0, "sgdp": 1}  # rfk_update_rule
 _WHOLE, _GATHER, _APPLY = 0, 1, 2  # rfk_update_phase
 _SUMMARY = 5  # RFK_UPDATE_SUMMARY
