@@ -10,6 +10,7 @@ import torch
 from rfkernels.metrics.transport import straightness_of_trajectory
 from rfkernels.ops.random import derive_seed, randn
 from rfkernels.sampling import sample
+from rfkernels.sampling.solvers import get_solver
 
 if TYPE_CHECKING:
     from rfkernels.training import LoadedRun, RunResult
@@ -41,7 +42,8 @@ class Drawer:
     ) -> None:
         # A result in memory has the averaged weights beside the last ones; a loaded run has one set.
         self.velocity = run.ema if hasattr(run, "ema") else run.model
-        self.default_solver = getattr(run, "default_solver", None) or "euler"
+        trained_for = getattr(getattr(run, "config", None), "sample_solver", None)
+        self.default_solver = getattr(run, "default_solver", None) or trained_for or "euler"
         self.sample_shape = tuple(run.sample_shape)
         self.num_classes = run.num_classes if run.conditional else None
         if getattr(run, "description", {}).get("source") is not None:
@@ -135,6 +137,9 @@ class Drawer:
     @torch.no_grad()
     def _solve(self, rows: torch.Tensor, seed: int, **options: Any) -> Any:
         labels = self.labels(rows)
+        if getattr(get_solver(options["solver"]), "stochastic", False):
+            # A key of its own for every sample, so that sample i is the same whatever else is drawn.
+            options["seed"] = rows.to(self._device) + derive_seed(seed, "solver noise") // 2
         return sample(
             self.velocity,
             self.noise(rows, seed),

@@ -21,7 +21,7 @@ class Network(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.velocity, self.calls, self.noise = velocity, 0, None
 
-    def forward(self, x, t):
+    def forward(self, x, t, span=None):
         self.calls += 1
         self.noise = x.clone() if self.noise is None else self.noise
         return self.velocity(x, t)
@@ -74,10 +74,10 @@ def test_copies_are_found_out_though_they_score_well():
 
 
 def test_a_run_has_a_solver_of_its_own_and_an_adaptive_one_is_one_point():
-    runs = {"own": run(RING, default_solver="rk4"), "plain": run(RING)}
+    runs = {"own": run(RING, default_solver="flow-map"), "plain": run(RING)}
     found = evaluate(runs, DATA, steps=(2,), draws=1, metrics=["energy", "straightness"])
     assert [(row.run, row.solver, row.nfe) for row in found.rows] == [
-        ("own", "rk4", 8),
+        ("own", "flow-map", 2),
         ("plain", "euler", 2),
     ]
     assert "straightness" not in found.rows[0].values
@@ -133,6 +133,16 @@ def test_a_drawer_draws_sample_i_whatever_else_is_drawn():
     few, _ = drawer.draw(torch.tensor([7, 2]), seed=3, steps=4)
     torch.testing.assert_close(few, many[[7, 2]])
     assert (nfe, told) == (4.0, [4, 4, 1])
+
+
+def test_a_solver_that_draws_noise_draws_it_by_sample():
+    drawer = Drawer(run(RING))
+    options = {"seed": 3, "steps": 4, "solver": "renoise"}
+    many, _ = drawer.draw(torch.arange(9), batch=4, **options)
+    few, _ = drawer.draw(torch.tensor([7, 2]), **options)
+    torch.testing.assert_close(few, many[[7, 2]])
+    other, _ = drawer.draw(torch.arange(9), **{**options, "seed": 4})
+    assert not torch.allclose(other, many)
 
 
 def test_real_data_is_what_training_held_out():
