@@ -20,6 +20,17 @@ from rfkernels.sampling.guidance import (
 )
 from rfkernels.sampling.initial_noise import InitialNoise
 from rfkernels.sampling.lagged import FireFlow, UniInv
+from rfkernels.sampling.level_grids import (
+    BetaGrid,
+    ExponentialGrid,
+    KarrasGrid,
+    ResolutionShiftedGrid,
+    StretchedGrid,
+    resolution_shift,
+)
+from rfkernels.sampling.likelihood import LogLikelihood, log_likelihood
+from rfkernels.sampling.optimised_grid import OptimisedGrid, optimise_grid
+from rfkernels.sampling.reconstruct import Reconstruction, reconstruct
 from rfkernels.sampling.run import Run, Solution, Solver
 from rfkernels.sampling.sample import SampleInfo, invert, sample
 from rfkernels.sampling.solvers import SOLVERS, get_solver
@@ -34,6 +45,7 @@ __all__ = [
     "SDE",
     "SOLVERS",
     "Ancestral",
+    "BetaGrid",
     "CFGZero",
     "ClassifierFree",
     "CurvedEuler",
@@ -42,6 +54,7 @@ __all__ = [
     "DPMSolver",
     "Dopri5",
     "Euler",
+    "ExponentialGrid",
     "FireFlow",
     "FixedStepSolver",
     "FlowMap",
@@ -50,15 +63,21 @@ __all__ = [
     "Heun",
     "InitialNoise",
     "Interval",
+    "KarrasGrid",
+    "LogLikelihood",
     "Midpoint",
+    "OptimisedGrid",
     "Projected",
+    "Reconstruction",
     "Renoise",
     "Rescaled",
+    "ResolutionShiftedGrid",
     "Run",
     "SampleInfo",
     "ShiftedGrid",
     "Solution",
     "Solver",
+    "StretchedGrid",
     "Taylor",
     "UniInv",
     "UniPC",
@@ -69,5 +88,9 @@ __all__ = [
     "get_grid",
     "get_solver",
     "invert",
+    "log_likelihood",
+    "optimise_grid",
+    "reconstruct",
+    "resolution_shift",
     "sample",
 ]

@@ -123,22 +123,33 @@ def check_times(times: tuple[float, ...]) -> None:
             )
 
 
-_NAMED = {"uniform": UniformGrid, "shifted": ShiftedGrid}
+def _named() -> dict[str, type]:
+    from rfkernels.sampling import level_grids  # which is built on this module
+
+    return {
+        "uniform": UniformGrid,
+        "shifted": ShiftedGrid,
+        "karras": level_grids.KarrasGrid,
+        "exponential": level_grids.ExponentialGrid,
+        "beta": level_grids.BetaGrid,
+    }
 
 
 def get_grid(grid: object) -> Grid:
     """The grid that a name, a number, a sequence or an object stands for.
 
     None and ``"uniform"`` are :class:`UniformGrid`; ``"shifted"`` is :class:`ShiftedGrid` with its
-    default; a number is the shift; a sequence, an array or a 1-D tensor is :class:`CustomGrid`; an
-    object with a ``times`` method is taken as it is.
+    default, ``"karras"``, ``"exponential"`` and ``"beta"`` are those of
+    ``rfkernels.sampling.level_grids``; a number is the shift;
+    a sequence, an array or a 1-D tensor is :class:`CustomGrid`; an object with a ``times`` method is taken as it is.
     """
     if grid is None:
         return UniformGrid()
     if isinstance(grid, str):
-        if grid in _NAMED:
-            return _NAMED[grid]()
-        raise ValueError(f"get_grid: grid must be one of {', '.join(_NAMED)}; got {grid!r}")
+        named = _named()
+        if grid in named:
+            return named[grid]()
+        raise ValueError(f"get_grid: grid must be one of {', '.join(named)}; got {grid!r}")
     if isinstance(grid, Grid) and not isinstance(grid, type):
         return grid
     if hasattr(grid, "tolist"):  # tensors and arrays
