@@ -111,7 +111,8 @@ def test_every_cell_follows_the_package(cell: Cell, rule, dtype):
     # Without empty tensors: the package fails on them.
     shapes_ = SMALL if slow else [s for s in SHAPES if 0 not in s]
     for kind in KINDS:
-        for nesterov, decay in ((False, 0.1), (True, 0.0)):
+        ways = ((False, 0.1), (True, 0.0))
+        for nesterov, decay in ways[kind == "layer" :][:1] if slow else ways:
             follows_the_package(cell, rule, kind, nesterov, decay, dtype, shapes_, 2 if slow else 6)
 
 
@@ -180,14 +181,13 @@ def test_threads_do_not_change_a_bit(threads, rule):
         expected = None
         start = [normal(*shape, key=k) for k, shape in enumerate(shapes_)]
         grads = [gradient(w, kind, k).float() for k, w in enumerate(start)]
-        for cell in NATIVE_CPU:
-            for count in (1, 2, 3):
-                threads(count)
-                problem = Problem(rule, shapes_, **options_of(rule, False, 0.1))
-                cell.run("projected_update", lambda p=problem, g=grads: p.step(g))
-                expected = expected or problem.tensors()
-                for a, e in zip(problem.tensors(), expected, strict=True):
-                    same_bits(a, e)
+        for cell, count in ((NATIVE_CPU[0], 1), (NATIVE_CPU[-1], 2), (NATIVE_CPU[-1], 3)):
+            threads(count)
+            problem = Problem(rule, shapes_, **options_of(rule, False, 0.1))
+            cell.run("projected_update", lambda p=problem, g=grads: p.step(g))
+            expected = expected or problem.tensors()
+            for a, e in zip(problem.tensors(), expected, strict=True):
+                same_bits(a, e)
 
 
 @pytest.mark.parametrize("cell", FAST_CELLS)
