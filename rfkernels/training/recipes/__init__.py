@@ -6,6 +6,10 @@ one.
 
 from rfkernels.training.recipes.consistency_fm import ConsistencyFM
 from rfkernels.training.recipes.feature_weighted import FeatureWeighted
+from rfkernels.training.recipes.flow_map_matching import (
+    LagrangianSelfDistillation,
+    SplitMeanFlow,
+)
 from rfkernels.training.recipes.instaflow import InstaFlowDistill
 from rfkernels.training.recipes.meanflow import ImprovedMeanFlow, MeanFlow
 from rfkernels.training.recipes.perflow import PeRFlow
@@ -26,6 +30,7 @@ RECIPES: dict[str, type[Recipe]] = {
         FeatureWeighted,
         ImprovedMeanFlow,
         InstaFlowDistill,
+        LagrangianSelfDistillation,
         MeanFlow,
         PeRFlow,
         ReMeanFlow,
@@ -36,6 +41,7 @@ RECIPES: dict[str, type[Recipe]] = {
         Shortcut,
         SlimFlowDistill,
         SlimFlowReflow,
+        SplitMeanFlow,
     )
 }
 
@@ -47,6 +53,7 @@ __all__ = [
     "FlowObjective",
     "ImprovedMeanFlow",
     "InstaFlowDistill",
+    "LagrangianSelfDistillation",
     "MeanFlow",
     "PairRecipe",
     "PeRFlow",
@@ -59,4 +66,5 @@ __all__ = [
     "Shortcut",
     "SlimFlowDistill",
     "SlimFlowReflow",
+    "SplitMeanFlow",
 ]

@@ -33,6 +33,8 @@ from rfkernels.training.recipes.recipe import Recipe
 
 __all__ = ["ImprovedMeanFlow", "MeanFlow", "MeanFlowObjective", "MeanFlowOptions"]
 
+AverageVelocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeanFlowOptions:
@@ -231,13 +233,7 @@ class MeanFlowObjective(SourceObjective):
         x, t, span, condition = part["xt"], part["t"], part["span"], batch_condition(part)
         direction = velocity[rows]
 
-        def network(x: torch.Tensor, t: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
-            # In the precision of x whatever train.autocast: a difference of nearly equal numbers
-            # is what bfloat16 has no digits for, and autocast gives a group norm on the CPU values
-            # and tangents of two dtypes, which a convolution refuses.
-            with torch.autocast(x.device.type, enabled=False):
-                return model(x, t, span=span, **condition).to(x.dtype)
-
+        network = exact_network(model, condition)
         along = direction
         if self._recipe.own_tangent:
             along = self.call(model, x, t, span=torch.zeros_like(span), **condition)
@@ -245,8 +241,22 @@ class MeanFlowObjective(SourceObjective):
         return velocity.index_copy(0, rows, linear_step(direction, (change,), (span,)))
 
 
+def exact_network(model: nn.Module, condition: dict[str, torch.Tensor]) -> AverageVelocity:
+    """u(x, t, span) of a network in the precision of x whatever train.autocast, to differentiate.
+
+    A difference of nearly equal numbers is what bfloat16 has no digits for; and autocast gives a
+    group norm on the CPU values and tangents of two dtypes, which a convolution refuses.
+    """
+
+    def network(x: torch.Tensor, t: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return model(x, t, span=span, **condition).to(x.dtype)
+
+    return network
+
+
 def derivative_along(
-    network: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    network: AverageVelocity,
     x: torch.Tensor,
     t: torch.Tensor,
     span: torch.Tensor,
