@@ -22,7 +22,7 @@ constexpr int64_t kKeys = 256;          // of a softmax block
 constexpr int64_t kTaskQueries = 128;   // of a task
 constexpr int64_t kChunk = 32;          // keys between two pieces of tile work
 constexpr float kFloor = 40.0f;         // how far below the running maximum a block's reference may lie, in log2 units
-constexpr int64_t kPackedBudget = 32 << 20;  // bytes of packed heads held at a time
+constexpr int64_t kPackedBudget = 1 << 20;  // bytes of packed heads held at a time; one for each thread in any case
 constexpr float kOverflow = 1e30f;           // scores that could pass this are left to the exact path
 
 // What one thread works in.

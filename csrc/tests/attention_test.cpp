@@ -54,7 +54,7 @@ class Mask {
     }
     // In reverse: the last element first, as a flipped view would have it.
     char* place = memory_.data();
-    if (dice.roll(4) == 0) {
+    if (dice.roll(4) == 0 && step > 0) {
       for (int d = 0; d < 4; ++d) {
         place += (view_.shape[d] - 1) * view_.strides[d] * item_;
         view_.strides[d] = -view_.strides[d];
