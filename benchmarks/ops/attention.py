@@ -224,7 +224,6 @@ def _transformer(setting: Setting) -> Built:
     t = torch.full((1,), 0.5, device=setting.device)
     truth = network(x, t).double()
     network.to(setting.state)
-    network.features.register_forward_hook(lambda _, args, features: features.to(setting.state))
     x = x.to(setting.state)
 
     def forward(attention: str) -> torch.Tensor:
