@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from rfkernels.flow.paths import LinearPath, get_path
 from rfkernels.flow.times import get_time_distribution
+from rfkernels.training.option_checks import number, require, whole
 
 __all__ = ["DistillConfig", "OwnObject", "ReflowConfig", "TrainConfig"]
 
@@ -27,24 +27,6 @@ class OwnObject:
     """Stands for an object of the user's own in a config read back: JSON only names it."""
 
     name: str
-
-
-def _require(condition: bool, name: str, rule: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: {rule}; got {got!r}")
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: must be a whole number; got {value!r}")
-    _require(value >= least, name, f"must be at least {least}", value)
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: must be a number; got {value!r}")
-    _require(math.isfinite(value), name, "must be finite", value)
-    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,88 +121,88 @@ class TrainConfig:
             "log_every",
             "checkpoint_every",
         ):
-            _whole(name, getattr(self, name), 1)
+            whole(name, getattr(self, name), 1)
         for name in ("keep_checkpoints", "sample_steps"):
-            _whole(name, getattr(self, name), 1)
+            whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "sample_every", "seed"):
-            _whole(name, getattr(self, name), 0)
-        _require(self.seed < 2**63, "seed", "must be below 2**63", self.seed)
+            whole(name, getattr(self, name), 0)
+        require(self.seed < 2**63, "seed", "must be below 2**63", self.seed)
         if self.num_threads is not None:
-            _whole("num_threads", self.num_threads, 1)
-        _require(
+            whole("num_threads", self.num_threads, 1)
+        require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
             f"must divide batch_size, {self.batch_size}",
             self.accumulate,
         )
-        _require(
-            _number("learning_rate", self.learning_rate) > 0,
+        require(
+            number("learning_rate", self.learning_rate) > 0,
             "learning_rate",
             "must be positive",
             self.learning_rate,
         )
-        _require(
-            _number("weight_decay", self.weight_decay) >= 0,
+        require(
+            number("weight_decay", self.weight_decay) >= 0,
             "weight_decay",
             "must not be negative",
             self.weight_decay,
         )
-        _require(
+        require(
             isinstance(self.betas, (tuple, list)) and len(self.betas) == 2,
             "betas",
             "must be two numbers",
             self.betas,
         )
         # JSON gives a list back; the dataclass stays hashable and comparable with a tuple.
-        object.__setattr__(self, "betas", tuple(_number("betas", b) for b in self.betas))
-        _require(all(0 <= b < 1 for b in self.betas), "betas", "must lie in [0, 1)", self.betas)
+        object.__setattr__(self, "betas", tuple(number("betas", b) for b in self.betas))
+        require(all(0 <= b < 1 for b in self.betas), "betas", "must lie in [0, 1)", self.betas)
         if self.clip_norm is not None:
-            _require(
-                _number("clip_norm", self.clip_norm) > 0,
+            require(
+                number("clip_norm", self.clip_norm) > 0,
                 "clip_norm",
                 "must be positive or None",
                 self.clip_norm,
             )
-        _require(
-            0 <= _number("ema_decay", self.ema_decay) < 1,
+        require(
+            0 <= number("ema_decay", self.ema_decay) < 1,
             "ema_decay",
             "must be in [0, 1)",
             self.ema_decay,
         )
         if self.time_max is not None:
-            _require(
-                0 < _number("time_max", self.time_max) <= 1,
+            require(
+                0 < number("time_max", self.time_max) <= 1,
                 "time_max",
                 "must be in (0, 1]",
                 self.time_max,
             )
-        _require(
-            0 <= _number("time_min", self.time_min) < (self.time_max or 1),
+        require(
+            0 <= number("time_min", self.time_min) < (self.time_max or 1),
             "time_min",
             "must be in [0, time_max)",
             self.time_min,
         )
         if self.huber_c is not None:
-            _require(
-                _number("huber_c", self.huber_c) > 0,
+            require(
+                number("huber_c", self.huber_c) > 0,
                 "huber_c",
                 "must be positive or None",
                 self.huber_c,
             )
-            _require(
+            require(
                 self.loss != "mse",
                 "huber_c",
                 "belongs to the pseudo-Huber losses; loss is 'mse'",
                 self.huber_c,
             )
-        _require(
-            0 <= _number("label_dropout", self.label_dropout) < 1,
+        require(
+            0 <= number("label_dropout", self.label_dropout) < 1,
             "label_dropout",
             "must be in [0, 1)",
             self.label_dropout,
         )
-        _require(
-            0 <= _number("holdout", self.holdout) < 1, "holdout", "must be in [0, 1)", self.holdout
+        require(
+            0 <= number("holdout", self.holdout) < 1, "holdout", "must be in [0, 1)", self.holdout
         )
         for name, choices in (
             ("schedule", ("cosine", "constant")),
@@ -232,9 +214,7 @@ class TrainConfig:
             ("conditional", (None, True, False)),
         ):
             value = getattr(self, name)
-            _require(
-                value in choices, name, f"must be one of {', '.join(map(str, choices))}", value
-            )
+            require(value in choices, name, f"must be one of {', '.join(map(str, choices))}", value)
         if not isinstance(self.path, OwnObject):
             self._check_time_max()
         if not isinstance(self.time_distribution, OwnObject):
@@ -244,13 +224,13 @@ class TrainConfig:
         """A path whose target diverges at the data must be left before."""
         last = getattr(get_path(self.path), "t_end", 1.0)
         if self.time_max is not None:
-            _require(
+            require(
                 self.time_max <= last,
                 "time_max",
                 f"must not exceed {last}, the largest time with a finite target of this path",
                 self.time_max,
             )
-        _require(self.time_min < last, "time_min", f"must be below {last}", self.time_min)
+        require(self.time_min < last, "time_min", f"must be below {last}", self.time_min)
 
 
 def check_train(value: object) -> None:
@@ -262,16 +242,16 @@ def check_train(value: object) -> None:
 def check_pair_options(config: Any) -> None:
     """Refuses options by which no pairs can be made, or none are left to train on."""
     check_train(config.train)
-    _whole("pairs", config.pairs, 2)
+    whole("pairs", config.pairs, 2)
     if config.pair_steps is not None:
-        _whole("pair_steps", config.pair_steps, 1)
-    _whole("pair_batch", config.pair_batch, 1)
-    _require(isinstance(config.solver, str), "solver", "must be a solver's name", config.solver)
+        whole("pair_steps", config.pair_steps, 1)
+    whole("pair_batch", config.pair_batch, 1)
+    require(isinstance(config.solver, str), "solver", "must be a solver's name", config.solver)
     if config.guidance_scale is not None:
-        _number("guidance_scale", config.guidance_scale)
+        number("guidance_scale", config.guidance_scale)
     held = round(config.pairs * config.train.holdout)
-    _require(held < config.pairs, "train.holdout", "must leave pairs to train on", held)
-    _require(
+    require(held < config.pairs, "train.holdout", "must leave pairs to train on", held)
+    require(
         config.train.coupling == "independent",
         "train.coupling",
         "pairs are the coupling here",
@@ -302,7 +282,7 @@ class ReflowConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2500, learning_rate=1e-3))
 
     def __post_init__(self) -> None:
-        _whole("rounds", self.rounds, 1)
+        whole("rounds", self.rounds, 1)
         check_pair_options(self)
 
 
@@ -334,13 +314,13 @@ class DistillConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1500, learning_rate=1e-3))
 
     def __post_init__(self) -> None:
-        _whole("k", self.k, 1)
+        whole("k", self.k, 1)
         if not isinstance(self.reverse, bool):
             raise TypeError(f"reverse: must be true or false; got {self.reverse!r}")
         check_pair_options(self)
         if not callable(self.distance) and not isinstance(self.distance, OwnObject):
-            _require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
-        _require(
+            require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
+        require(
             isinstance(get_path(self.train.path), LinearPath),
             "train.path",
             "a student of Euler steps learns the linear path",

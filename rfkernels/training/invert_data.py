@@ -12,7 +12,7 @@ from rfkernels.data import Data, as_dataset
 from rfkernels.ops.interpolate import interpolate
 from rfkernels.ops.random import derive_seed
 from rfkernels.sampling import invert
-from rfkernels.training.config import _number, _require, _whole
+from rfkernels.training.option_checks import number, require, whole
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.train import Samples, describe_data
 from rfkernels.training.trainer import device_of
@@ -74,9 +74,9 @@ def invert_data(
     dataset = as_dataset(data)
     if dataset.size is None:
         raise ValueError("data: must be a data set of known size; got an endless stream")
-    _whole("batch", batch, 1)
-    level = _number("noise_level", noise_level)
-    _require(0 <= level < 1, "noise_level", "must be in [0, 1)", noise_level)
+    whole("batch", batch, 1)
+    level = number("noise_level", noise_level)
+    require(0 <= level < 1, "noise_level", "must be in [0, 1)", noise_level)
     if conditional is None:
         conditional = dataset.has_labels and getattr(velocity, "null_label", None) is not None
     if conditional and not dataset.has_labels:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from rfkernels.training.config import _number, _require
+from rfkernels.training.option_checks import number, require
 from rfkernels.training.pairs import PairStore, StoredPairs
 
 __all__ = ["MixedPairs"]
@@ -32,8 +32,8 @@ class MixedPairs(PairStore):
         for name, store in (("made", made), ("real", real)):
             if not isinstance(store, PairStore):
                 raise TypeError(f"{name}: must be a PairStore; got {type(store).__name__}")
-        share = Fraction(_number("fraction", fraction)).limit_denominator(1000)
-        _require(0 < share < 1, "fraction", "must be in (0, 1), from 0.001 to 0.999", fraction)
+        share = Fraction(number("fraction", fraction)).limit_denominator(1000)
+        require(0 < share < 1, "fraction", "must be in (0, 1), from 0.001 to 0.999", fraction)
         if real.sample_shape != made.sample_shape:
             raise ValueError(
                 f"real: samples must have the shape of made's, {made.sample_shape}; got "

@@ -12,8 +12,8 @@ from torch import nn
 from rfkernels.flow.times import Uniform
 from rfkernels.ops.flow_loss import flow_loss
 from rfkernels.ops.ode_step import euler_step
-from rfkernels.training.config import _number, _require, _whole
 from rfkernels.training.objective import Batch, Setting, SourceObjective, batch_condition
+from rfkernels.training.option_checks import number, require, whole
 from rfkernels.training.recipes.meanflow import check_own_loss
 from rfkernels.training.recipes.options import check_moment, moment
 from rfkernels.training.recipes.recipe import Recipe
@@ -61,14 +61,14 @@ class ConsistencyFM(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("segments", self.segments, 1)
+        whole("segments", self.segments, 1)
         for name, rule in (("delta", "must be in (0, 1)"), ("boundary", "must be in (0, 1]")):
-            value = _number(name, getattr(self, name))
-            _require(0 < value < 1 or (name == "boundary" and value == 1), name, rule, value)
+            value = number(name, getattr(self, name))
+            require(0 < value < 1 or (name == "boundary" and value == 1), name, rule, value)
         check_moment("first_phase", self.first_phase, 0)
-        _require(_number("alpha", self.alpha) >= 0, "alpha", "must not be negative", self.alpha)
-        _require(
-            0 <= _number("time_least", self.time_least) < 1,
+        require(number("alpha", self.alpha) >= 0, "alpha", "must not be negative", self.alpha)
+        require(
+            0 <= number("time_least", self.time_least) < 1,
             "time_least",
             "must be in [0, 1)",
             self.time_least,

@@ -11,8 +11,8 @@ from torch import nn
 
 from rfkernels.models.noise_prediction import NoisePrediction
 from rfkernels.ops.flow_loss import flow_loss
-from rfkernels.training.config import _number, _require
 from rfkernels.training.objective import Batch, Setting, SourceObjective
+from rfkernels.training.option_checks import number, require
 
 __all__ = ["DiffusionObjective", "check_diffusion_network", "check_guidance", "check_huber"]
 
@@ -28,13 +28,13 @@ def check_diffusion_network(name: str, network: nn.Module | None) -> NoisePredic
 
 def check_huber(value: object) -> None:
     """Refuses what is no constant of a pseudo-Huber distance."""
-    _require(_number("huber_c", value) > 0, "huber_c", "must be positive", value)
+    require(number("huber_c", value) > 0, "huber_c", "must be positive", value)
 
 
 def check_guidance(value: object) -> None:
     """Refuses what is neither None nor a number."""
     if value is not None:
-        _number("guidance_scale", value)
+        number("guidance_scale", value)
 
 
 class DiffusionObjective(SourceObjective):

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rfkernels.ops.ode_step import linear_step
-from rfkernels.training.config import _number, _require
 from rfkernels.training.objective import (
     Batch,
     Setting,
@@ -25,6 +24,7 @@ from rfkernels.training.objective import (
     batch_condition,
     per_sample,
 )
+from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.meanflow import check_own_loss, exact_network, spread
 from rfkernels.training.recipes.recipe import Recipe
 
@@ -42,8 +42,8 @@ class _FlowMapMatching(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fraction = _number("span_fraction", self.span_fraction)
-        _require(0 <= fraction <= 1, "span_fraction", "must be in [0, 1]", self.span_fraction)
+        fraction = number("span_fraction", self.span_fraction)
+        require(0 <= fraction <= 1, "span_fraction", "must be in [0, 1]", self.span_fraction)
         check_own_loss(self.train)
 
 

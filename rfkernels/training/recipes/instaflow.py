@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rfkernels.training.config import Distance, OwnObject, TrainConfig, _require
+from rfkernels.training.config import Distance, OwnObject, TrainConfig
 from rfkernels.training.objective import Batch, Setting, SourceObjective
+from rfkernels.training.option_checks import require
 from rfkernels.training.recipes.options import (
     check_distance,
     check_moment,
@@ -76,7 +77,7 @@ class InstaFlowDistill(PairRecipe):
             return
         if not callable(self.decoder):
             raise TypeError(f"decoder: must be callable; got {type(self.decoder).__name__}")
-        _require(self.distance != "l2", "decoder", "serves a callable distance", self.distance)
+        require(self.distance != "l2", "decoder", "serves a callable distance", self.distance)
 
     def objective(self, setting: Setting) -> InstaFlowDistillObjective:
         refuse_named(distance=self.distance, decoder=self.decoder)

@@ -27,8 +27,9 @@ from rfkernels.flow.paths import LinearPath, get_path
 from rfkernels.flow.times import LogitNormal, get_time_distribution
 from rfkernels.ops.flow_loss import flow_loss
 from rfkernels.ops.ode_step import linear_step
-from rfkernels.training.config import OwnObject, TrainConfig, _number, _require
+from rfkernels.training.config import OwnObject, TrainConfig
 from rfkernels.training.objective import Batch, Setting, SourceObjective, batch_condition
+from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.recipe import Recipe
 
 __all__ = ["ImprovedMeanFlow", "MeanFlow", "MeanFlowObjective", "MeanFlowOptions"]
@@ -69,15 +70,15 @@ class MeanFlowOptions:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fraction = _number("span_fraction", self.span_fraction)
-        _require(0 <= fraction <= 1, "span_fraction", "must be in [0, 1]", self.span_fraction)
-        power = _number("weight_power", self.weight_power)
-        _require(power >= 0, "weight_power", "must not be negative", self.weight_power)
-        floor = _number("weight_floor", self.weight_floor)
-        _require(floor > 0, "weight_floor", "must be positive", self.weight_floor)
-        _number("target_guidance_scale", self.target_guidance_scale)
-        mix = _number("target_guidance_mix", self.target_guidance_mix)
-        _require(mix < 1, "target_guidance_mix", "must be below 1", self.target_guidance_mix)
+        fraction = number("span_fraction", self.span_fraction)
+        require(0 <= fraction <= 1, "span_fraction", "must be in [0, 1]", self.span_fraction)
+        power = number("weight_power", self.weight_power)
+        require(power >= 0, "weight_power", "must not be negative", self.weight_power)
+        floor = number("weight_floor", self.weight_floor)
+        require(floor > 0, "weight_floor", "must be positive", self.weight_floor)
+        number("target_guidance_scale", self.target_guidance_scale)
+        mix = number("target_guidance_mix", self.target_guidance_mix)
+        require(mix < 1, "target_guidance_mix", "must be below 1", self.target_guidance_mix)
         check_own_loss(self.train)
 
     @property
@@ -88,8 +89,8 @@ class MeanFlowOptions:
 
 def check_own_loss(train: TrainConfig) -> None:
     """Refuses a loss or a path of `train` that a recipe of flow maps would not use."""
-    _require(train.loss == "mse", "train.loss", "this recipe has its own loss", train.loss)
-    _require(
+    require(train.loss == "mse", "train.loss", "this recipe has its own loss", train.loss)
+    require(
         isinstance(get_path(train.path), LinearPath),
         "train.path",
         "this recipe is of the linear path",
@@ -161,7 +162,7 @@ class MeanFlowObjective(SourceObjective):
         self._averages = spread(recipe.span_fraction, self.train.batch_size)[self._share]
         if recipe.guided:
             conditional = "y" in self.source.draw(0, 1).condition
-            _require(
+            require(
                 conditional and setting.null_label is not None,
                 "target_guidance_scale",
                 "guidance in the target needs labels and a network with a null_label",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rfkernels.flow.paths import LinearPath, get_path
-from rfkernels.training.config import Distance, OwnObject, TrainConfig, _require, _whole
+from rfkernels.training.config import Distance, OwnObject, TrainConfig
+from rfkernels.training.option_checks import require, whole
 
 __all__ = ["check_distance", "check_moment", "moment", "refuse_named"]
 
@@ -11,8 +12,8 @@ __all__ = ["check_distance", "check_moment", "moment", "refuse_named"]
 def check_distance(distance: str | Distance | OwnObject, train: TrainConfig) -> None:
     """Refuses what is no distance of end points, and a path that one Euler step cannot follow."""
     if not callable(distance) and not isinstance(distance, OwnObject):
-        _require(distance == "l2", "distance", "must be 'l2' or a callable", distance)
-    _require(
+        require(distance == "l2", "distance", "must be 'l2' or a callable", distance)
+    require(
         isinstance(get_path(train.path), LinearPath),
         "train.path",
         "a student of Euler steps learns the linear path",
@@ -31,9 +32,9 @@ def refuse_named(**options: object) -> None:
 def check_moment(name: str, value: int | float, least: int) -> None:
     """Refuses what is neither a number of steps, at least `least`, nor a fraction of a run."""
     if isinstance(value, float):
-        _require(0 < value < 1, name, "a fraction of the run must be in (0, 1)", value)
+        require(0 < value < 1, name, "a fraction of the run must be in (0, 1)", value)
     else:
-        _whole(name, value, least)
+        whole(name, value, least)
 
 
 def moment(value: int | float, steps: int) -> float:

@@ -19,7 +19,6 @@ from rfkernels.models.windowed_prediction import (
 from rfkernels.ops.interpolate import interpolate
 from rfkernels.ops.ode_step import linear_step
 from rfkernels.sampling import get_solver, sample
-from rfkernels.training.config import _require, _whole
 from rfkernels.training.objective import (
     Batch,
     Setting,
@@ -30,6 +29,7 @@ from rfkernels.training.objective import (
     source_of,
     spread_times,
 )
+from rfkernels.training.option_checks import require, whole
 from rfkernels.training.recipes.diffusion import (
     DiffusionObjective,
     check_guidance,
@@ -82,22 +82,22 @@ class PeRFlow(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("windows", self.windows, 1)
-        _whole("teacher_steps", self.teacher_steps, 1)
-        _require(
+        whole("windows", self.windows, 1)
+        whole("teacher_steps", self.teacher_steps, 1)
+        require(
             not get_solver(self.teacher_solver).adaptive,
             "teacher_solver",
             "must take fixed steps",
             self.teacher_solver,
         )
         check_guidance(self.guidance_scale)
-        _require(
+        require(
             self.epsilon_target in EPSILON_TARGETS,
             "epsilon_target",
             f"must be one of {', '.join(EPSILON_TARGETS)}",
             self.epsilon_target,
         )
-        _require(
+        require(
             isinstance(get_path(self.train.path), LinearPath),
             "train.path",
             "windows are cut of the linear path",

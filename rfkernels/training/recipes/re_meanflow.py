@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 
 from rfkernels.flow.times import LogitNormal, UShaped
-from rfkernels.training.config import TrainConfig, _number, _require
+from rfkernels.training.config import TrainConfig
 from rfkernels.training.objective import Batch, Setting, source_of
+from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.meanflow import MeanFlowObjective, MeanFlowOptions
 from rfkernels.training.recipes.options import check_moment, moment
 from rfkernels.training.recipes.recipe import PairRecipe
@@ -67,9 +68,9 @@ class ReMeanFlow(MeanFlowOptions, PairRecipe):
         super().__post_init__()
         UShaped(self.a)
         LogitNormal(self.gap_mean, self.gap_std)
-        least, prune = _number("time_least", self.time_least), _number("prune", self.prune)
-        _require(0 <= least < 1, "time_least", "must be in [0, 1)", least)
-        _require(0 <= prune < 1, "prune", "must be in [0, 1)", prune)
+        least, prune = number("time_least", self.time_least), number("prune", self.prune)
+        require(0 <= least < 1, "time_least", "must be in [0, 1)", least)
+        require(0 <= prune < 1, "prune", "must be in [0, 1)", prune)
         if self.guided_steps is not None:
             check_moment("guided_steps", self.guided_steps, 0)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rfkernels.training.config import TrainConfig, _require
+from rfkernels.training.config import TrainConfig
 from rfkernels.training.objective import (
     Batch,
     Setting,
@@ -18,6 +18,7 @@ from rfkernels.training.objective import (
     source_of,
     spread_times,
 )
+from rfkernels.training.option_checks import require
 from rfkernels.training.recipes.diffusion import (
     DiffusionObjective,
     check_diffusion_network,
@@ -69,7 +70,7 @@ class RectifiedDiffusion(PairRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.loss in ("noise", "data"), "loss", "must be 'noise' or 'data'", self.loss)
+        require(self.loss in ("noise", "data"), "loss", "must be 'noise' or 'data'", self.loss)
         check_huber(self.huber_c)
 
     def check_network(self, network: nn.Module) -> None:

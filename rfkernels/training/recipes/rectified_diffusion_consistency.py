@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from rfkernels.models.noise_prediction import NoisePrediction
-from rfkernels.training.config import _require, _whole
 from rfkernels.training.objective import (
     Batch,
     Setting,
@@ -19,6 +18,7 @@ from rfkernels.training.objective import (
     source_of,
     spread_times,
 )
+from rfkernels.training.option_checks import require, whole
 from rfkernels.training.recipes.diffusion import (
     DiffusionObjective,
     check_diffusion_network,
@@ -67,7 +67,7 @@ class RectifiedDiffusionConsistency(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("grid_steps", self.grid_steps, 2)
+        whole("grid_steps", self.grid_steps, 2)
         check_guidance(self.guidance_scale)
         check_huber(self.huber_c)
 
@@ -84,7 +84,7 @@ class RectifiedDiffusionConsistencyObjective(DiffusionObjective):
     def __init__(self, setting: Setting, recipe: RectifiedDiffusionConsistency) -> None:
         super().__init__(setting)
         total = check_diffusion_network("teacher", self.teacher).schedule.steps
-        _require(
+        require(
             total % recipe.grid_steps == 0,
             "grid_steps",
             f"must divide the steps of the teacher's schedule, {total}",

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from rfkernels.ops.ode_step import linear_step
-from rfkernels.training.config import _require, _whole
 from rfkernels.training.objective import (
     Batch,
     Setting,
@@ -19,6 +18,7 @@ from rfkernels.training.objective import (
     source_of,
     spread_times,
 )
+from rfkernels.training.option_checks import require, whole
 from rfkernels.training.recipes.diffusion import (
     DiffusionObjective,
     check_diffusion_network,
@@ -72,9 +72,9 @@ class RectifiedDiffusionPhased(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("segments", self.segments, 1)
-        _whole("grid_steps", self.grid_steps, 1)
-        _require(
+        whole("segments", self.segments, 1)
+        whole("grid_steps", self.grid_steps, 1)
+        require(
             self.grid_steps % self.segments == 0,
             "segments",
             f"must divide grid_steps, {self.grid_steps}",
@@ -96,7 +96,7 @@ class RectifiedDiffusionPhasedObjective(DiffusionObjective):
     def __init__(self, setting: Setting, recipe: RectifiedDiffusionPhased) -> None:
         super().__init__(setting)
         total = check_diffusion_network("teacher", self.teacher).schedule.steps
-        _require(
+        require(
             total % recipe.grid_steps == 0,
             "grid_steps",
             f"must divide the steps of the teacher's schedule, {total}",

@@ -13,8 +13,9 @@ from torch import nn
 from rfkernels.flow.paths import LinearPath, get_path
 from rfkernels.flow.times import UShaped
 from rfkernels.ops.flow_loss import flow_loss
-from rfkernels.training.config import OwnObject, _number, _require
+from rfkernels.training.config import OwnObject
 from rfkernels.training.objective import Batch, Setting, SourceObjective, per_sample, spread_times
+from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.options import refuse_named
 from rfkernels.training.recipes.recipe import PairRecipe
 from rfkernels.training.sources import Draw
@@ -88,8 +89,8 @@ class RectifiedFlowPlusPlus(PairRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        UShaped(_number("a", self.a))
-        _require(
+        UShaped(number("a", self.a))
+        require(
             self.loss is None or self.loss in LOSSES,
             "loss",
             f"must be None or one of {', '.join(LOSSES)}",
@@ -104,7 +105,7 @@ class RectifiedFlowPlusPlus(PairRecipe):
                 f"perceptual: must be a callable or None; got {type(self.perceptual).__name__}"
             )
         compared = self.chosen_loss.startswith("perceptual")
-        _require(
+        require(
             compared == (self.perceptual is not None),
             "perceptual",
             f"the loss {self.chosen_loss!r} {'needs' if compared else 'has no use for'} it",
@@ -113,15 +114,15 @@ class RectifiedFlowPlusPlus(PairRecipe):
         if not isinstance(self.divide, bool):
             raise TypeError(f"divide: must be true or false; got {self.divide!r}")
         if self.huber_c is not None:
-            value = _number("huber_c", self.huber_c)
-            _require(value > 0, "huber_c", "must be positive or None", self.huber_c)
-            _require(
+            value = number("huber_c", self.huber_c)
+            require(value > 0, "huber_c", "must be positive or None", self.huber_c)
+            require(
                 self.chosen_loss.endswith("huber"),
                 "huber_c",
                 f"the loss {self.chosen_loss!r} has no use for it",
                 self.huber_c,
             )
-        _require(
+        require(
             isinstance(get_path(self.train.path), LinearPath),
             "train.path",
             "the pairs are joined by straight lines",

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from rfkernels.ops.ode_step import linear_step
-from rfkernels.training.config import _number, _require, _whole
 from rfkernels.training.objective import (
     Batch,
     Setting,
@@ -18,6 +17,7 @@ from rfkernels.training.objective import (
     batch_condition,
     spread_times,
 )
+from rfkernels.training.option_checks import number, require, whole
 from rfkernels.training.recipes.meanflow import check_own_loss, spread
 from rfkernels.training.recipes.recipe import Recipe
 
@@ -66,19 +66,19 @@ class Shortcut(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("finest", self.finest, 2)
-        _require(
+        whole("finest", self.finest, 2)
+        require(
             self.finest & (self.finest - 1) == 0,
             "finest",
             "must be a power of two",
             self.finest,
         )
-        fraction = _number("bootstrap_fraction", self.bootstrap_fraction)
-        _require(
+        fraction = number("bootstrap_fraction", self.bootstrap_fraction)
+        require(
             0 <= fraction <= 1, "bootstrap_fraction", "must be in [0, 1]", self.bootstrap_fraction
         )
-        _require(_number("clip", self.clip) > 0, "clip", "must be positive", self.clip)
-        _number("target_guidance_scale", self.target_guidance_scale)
+        require(number("clip", self.clip) > 0, "clip", "must be positive", self.clip)
+        number("target_guidance_scale", self.target_guidance_scale)
         check_own_loss(self.train)
 
     def objective(self, setting: Setting) -> ShortcutObjective:
@@ -97,7 +97,7 @@ class ShortcutObjective(SourceObjective):
         self._guided = recipe.target_guidance_scale != 1.0
         if self._guided:
             conditional = "y" in self.source.draw(0, 1).condition
-            _require(
+            require(
                 conditional and setting.null_label is not None,
                 "target_guidance_scale",
                 "guidance in the target needs labels and a network with a null_label",

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from rfkernels.ops.ode_step import linear_step
-from rfkernels.training.config import Distance, TrainConfig, _number, _require
+from rfkernels.training.config import Distance, TrainConfig
 from rfkernels.training.objective import Batch, Setting, SourceObjective, batch_condition, source_of
+from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.options import (
     check_distance,
     check_moment,
@@ -68,15 +69,15 @@ class SlimFlowReflow(PairRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.anneal, str):
-            _require(
+            require(
                 self.anneal in _SCHEDULES,
                 "anneal",
                 f"must be one of {', '.join(_SCHEDULES)} or a number",
                 self.anneal,
             )
         else:
-            value = _number("anneal", self.anneal)
-            _require(0 <= value <= 1, "anneal", "must be in [0, 1]", self.anneal)
+            value = number("anneal", self.anneal)
+            require(0 <= value <= 1, "anneal", "must be in [0, 1]", self.anneal)
         check_moment("anneal_steps", self.anneal_steps, 1)
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip: must be true or false; got {self.flip!r}")
@@ -98,7 +99,7 @@ class SlimFlowReflowObjective(FlowObjective):
         super().__init__(setting)
         self._recipe = recipe
         shape = tuple(self.source.sample_shape)
-        _require(not recipe.flip or len(shape) == 3, "flip", "needs images (C, H, W)", shape)
+        require(not recipe.flip or len(shape) == 3, "flip", "needs images (C, H, W)", shape)
 
     def batch(self, step: int) -> Batch:
         # Accesses an element: mirroring 4 (z and x1, in and out), annealing 2 (z in and out, its
@@ -171,23 +172,21 @@ class SlimFlowDistill(PairRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_distance(self.distance, self.train)
-        _require(
-            _number("two_step_weight", self.two_step_weight) >= 0,
+        require(
+            number("two_step_weight", self.two_step_weight) >= 0,
             "two_step_weight",
             "must not be negative",
             self.two_step_weight,
         )
-        _require(
+        require(
             isinstance(self.r_range, (tuple, list)) and len(self.r_range) == 2,
             "r_range",
             "must be two numbers",
             self.r_range,
         )
-        least, most = (_number("r_range", r) for r in self.r_range)
+        least, most = (number("r_range", r) for r in self.r_range)
         object.__setattr__(self, "r_range", (least, most))  # JSON gives a list back
-        _require(
-            0 <= least <= most <= 1, "r_range", "must be 0 <= least <= most <= 1", self.r_range
-        )
+        require(0 <= least <= most <= 1, "r_range", "must be 0 <= least <= most <= 1", self.r_range)
 
     def objective(self, setting: Setting) -> SlimFlowDistillObjective:
         refuse_named(distance=self.distance)
