@@ -151,7 +151,7 @@ def _run_unchecked(
 ) -> bool:
     """True when the usual case is done: plain tensors in the kernels' own layout, which the extension itself checks.
 
-    The checks in Python take longer than the step of a small parameter (300 of them: 5.6 against 3.2 ms a step in all).
+    The checks in Python take longer than the step of a small parameter.
     """
     lists = (weights, grads, first, second, steps)
     every = [t for tensors in lists for t in tensors] + [a for a in averages if a is not None]
