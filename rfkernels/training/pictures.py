@@ -27,10 +27,11 @@ class Pictures:
         sample_shape: tuple[int, ...],
         config: TrainConfig,
         *,
+        solver: str,
         num_classes: int | None,
         device: torch.device,
     ) -> None:
-        self._folder, self._steps = folder, config.sample_steps
+        self._folder, self._steps, self._solver = folder, config.sample_steps, solver
         self._noise = randn(
             COUNT, *sample_shape, seed=derive_seed(config.seed, "samples"), device=device
         )
@@ -40,7 +41,13 @@ class Pictures:
 
     @torch.no_grad()
     def __call__(self, velocity: nn.Module, step: int) -> None:
-        x = sample(velocity, self._noise, steps=self._steps, condition=self._condition).cpu()
+        x = sample(
+            velocity,
+            self._noise,
+            steps=self._steps,
+            solver=self._solver,
+            condition=self._condition,
+        ).cpu()
         self._folder.mkdir(exist_ok=True)
         write_tensors(self._folder / f"step-{step}.safetensors", {"x": x})
         grid = image_grid(x)

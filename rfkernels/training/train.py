@@ -141,6 +141,7 @@ def run_trainer(
                 folder.samples,
                 sample_shape,
                 train,
+                solver=getattr(config, "sample_solver", "euler"),
                 num_classes=described.get("num_classes"),
                 device=device_of(model),
             )
