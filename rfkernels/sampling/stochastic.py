@@ -120,8 +120,7 @@ class SDE(StochasticSolver):
     Args:
         scale: a factor of g, not negative; 0 is Euler.
         diffusion: g(t) before that: "decreasing", sqrt(1 - t), which keeps the drift bounded;
-            "constant", 1; or a function of the time as a float. The last step draws no noise with
-            "decreasing" only as h goes to 0; see ``noisy_end``.
+            "constant", 1; or a function of the time as a float.
         noisy_end: whether the step that ends at t = 1 adds its noise; False leaves the mean, which is
             cleaner for images.
     """
@@ -157,8 +156,9 @@ class Renoise(StochasticSolver):
     """Noises the data estimate again with fresh noise at every step, as consistency models are sampled.
 
     Not a solver of the flow nor of its SDE: with an exact velocity the estimate is the mean of the data
-    that are possible, so the spread of the samples shrinks, the more the more steps. For networks whose
-    estimate is a sample, distilled or consistency models, in a few steps.
+    that are possible, so the spread of the samples is too small however many the steps (a Gaussian of
+    standard deviation 0.5 comes out with 0.28 in 5 steps and 0.35 in 500). For networks whose estimate is
+    a sample, distilled or consistency models, in a few steps.
     """
 
     name: ClassVar[str] = "renoise"

@@ -232,7 +232,7 @@ def test_curved_euler_is_exact_for_constant_estimates(path, steps, noise):
     torch.testing.assert_close(result, data, rtol=0, atol=1e-9)
     assert rms(sample(velocity, start, steps=steps), data) > 0.1
     if path == "vp":
-        with pytest.raises(ValueError, match="where a step begins, at t <= .*; got t = 1"):
+        with pytest.raises(ValueError, match=r"where a step begins, at t <= .*; got t = 1"):
             invert(velocity, data, steps=2, solver=CurvedEuler(path))
     else:
         early = sample(velocity, start, steps=2, t_end=0.9, solver=CurvedEuler(path))
