@@ -7,28 +7,26 @@ on the host as well, so that no step reads a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from rfkernels.integrations.diffusers.schedulers import grid as grids
 from rfkernels.integrations.diffusers.schedulers import noising
 from rfkernels.integrations.diffusers.schedulers.config import (
-    COMPATIBLE,
     FINAL_SIGMAS,
     FLOW_MATCH,
     GRIDS,
     UNIPC,
-    adapted,
 )
+from rfkernels.integrations.diffusers.schedulers.from_config import FlowConfig
 from rfkernels.integrations.diffusers.schedulers.host_copy import Levels, TimeTable
 
 SchedulerOutput = FlowMatchEulerDiscreteSchedulerOutput
@@ -37,7 +35,7 @@ _KEEP, _SHIFT = EXPLICIT = ("keep", "shift")
 logger = logging.get_logger(f"diffusers.{__name__}")  # so that diffusers' verbosity governs it
 
 
-class FlowScheduler(SchedulerMixin, ConfigMixin):
+class FlowScheduler(FlowConfig):
     """Base of the schedulers; a subclass defines `step` and, if it evaluates elsewhere than on the grid, `_laid_out`.
 
     The first fourteen fields are diffusers' own, in its order and with its defaults.
@@ -69,7 +67,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         ImportError: beta sigmas without SciPy.
     """
 
-    _compatibles: ClassVar[list[str]] = list(COMPATIBLE)
     order = 1
     _stochastic = False  # whether the class knows stochastic_sampling
 
@@ -149,39 +146,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    @classmethod
-    def from_config(
-        cls,
-        config: FrozenDict | dict[str, Any] = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """A scheduler from the config of another one of flows: ours, the FlowMatch family, or UniPC, DPM-Solver++, DEIS
-        and SA-Solver with ``use_flow_sigmas``; their ``flow_shift`` is ``shift`` here and may be given by either name.
-
-        Raises:
-            ValueError: a config of a diffusion schedule, or with an option that has no counterpart here.
-        """
-        if config is not None and not isinstance(config, Mapping):
-            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
-        if config is not None:
-            if "flow_shift" in kwargs:
-                given = kwargs.pop("flow_shift")
-                if kwargs.setdefault("shift", given) != given:
-                    raise ValueError(
-                        f"{cls.__name__}: shift and flow_shift are one value; "
-                        f"got {kwargs['shift']!r} and {given!r}"
-                    )
-            config = cls._checked(adapted(cls.__name__, config), kwargs)
-            if "shift" in kwargs and "flow_shift" in config:
-                config["flow_shift"] = kwargs["shift"]  # for the way back
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def _checked(cls, config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-        """A subclass refuses here what it cannot do."""
-        return config
-
     # Where the run is
 
     @property
@@ -255,7 +219,12 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"{type(self).__name__}.step: set_timesteps must come first; got no schedule"
             )
-        return self._now(timestep)
+        index, calls = self._now(timestep), len(self._times.values())
+        if index >= calls:
+            raise IndexError(
+                f"{type(self).__name__}.step: the run has {calls} calls; got another one"
+            )
+        return index
 
     def _refuse_overwritten(self, output: torch.Tensor, *kept: torch.Tensor) -> None:
         """Networks replayed from a CUDA graph return the same memory in every call."""
@@ -263,7 +232,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
             if (
                 old is not output
                 and type(old) is type(output) is torch.Tensor
-                and old.data_ptr() == output.data_ptr()
+                and old.data_ptr() == output.data_ptr() != 0
             ):
                 raise RuntimeError(
                     f"{type(self).__name__}.step: model_output must not overwrite an earlier one, which is "

@@ -118,12 +118,11 @@ def _is_unipc(config: Mapping[str, Any]) -> bool:
 def solver(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of RFMultistepScheduler's solver in a multistep config of diffusers; DEIS and SA-Solver become "dpm++"."""
     unipc = _is_unipc(config)
-    known = ("bh1", "bh2") if unipc else ("midpoint", "heun")
+    known = ("bh2", "bh1") if unipc else ("midpoint", "heun")
     kind = config.get("solver_type")
     return {
         "algorithm": "unipc" if unipc else "dpm++",
         "solver_order": config.get("solver_order", config.get("predictor_order", 2)),
-        "solver_type": kind
-        if kind in known
-        else None,  # another family's means the default to diffusers, too
+        # Another family's means the default to diffusers, too.
+        "solver_type": kind if kind in known else known[0],
     }

@@ -56,10 +56,6 @@ class RFFireFlowScheduler(FlowScheduler):
         """
         index = self._stage(timestep)
         grid, previous = self._grid, self._previous
-        if index > len(grid) - 1:
-            raise IndexError(
-                f"RFFireFlowScheduler.step: the run has {len(grid)} calls; got another one"
-            )
         last = grid[index] - grid[index - 1] if index else 0.0
         coming = grid[index + 1] - grid[index] if index < len(grid) - 1 else 0.0
         if previous is None or index == 0:

@@ -1,0 +1,58 @@
+"""Schedulers from the configs of other schedulers: what `config` says, in diffusers' way of loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from rfkernels.integrations.diffusers.schedulers.config import COMPATIBLE, adapted
+
+
+class FlowConfig(SchedulerMixin, ConfigMixin):
+    """diffusers' two bases of a scheduler, with `from_config` for every scheduler of flows."""
+
+    _compatibles: ClassVar[list[str]] = list(COMPATIBLE)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: FrozenDict | dict[str, Any] = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A scheduler from the config of another one of flows: ours, the FlowMatch family, or UniPC, DPM-Solver++, DEIS
+        and SA-Solver with ``use_flow_sigmas``; their ``flow_shift`` is ``shift`` here and may be given by either name.
+
+        Raises:
+            ValueError: a config of a diffusion schedule, or with an option that has no counterpart here.
+        """
+        if config is not None and not isinstance(config, Mapping):
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
+        if config is not None:
+            if "flow_shift" in kwargs:
+                given = kwargs.pop("flow_shift")
+                if kwargs.setdefault("shift", given) != given:
+                    raise ValueError(
+                        f"{cls.__name__}: shift and flow_shift are one value; "
+                        f"got {kwargs['shift']!r} and {given!r}"
+                    )
+            config = cls._checked(adapted(cls.__name__, config), kwargs)
+            if "shift" in kwargs and "flow_shift" in config:
+                config["flow_shift"] = kwargs["shift"]  # for the way back
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """Whose fields may stand in a config; for `compatibles` and to keep diffusers from warning of them."""
+        from rfkernels.integrations.diffusers import schedulers
+
+        own = [getattr(schedulers, name) for name in schedulers.__all__]
+        return [*super()._get_compatibles(), *own]
+
+    @classmethod
+    def _checked(cls, config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        """A subclass refuses here what it cannot do."""
+        return config
