@@ -107,9 +107,7 @@ def _inputs(field: Field, x0: Tensor, run: Run) -> tuple[list[Tensor], _Rebuilt]
     scale = None if field.guidance is None else field.guidance.scale
     scale_place = note(scale) if isinstance(scale, Tensor) else None
     if field.guidance is not None:
-        fixed = field.guidance.per_sample(
-            lambda value: None if isinstance(value, Tensor) else value
-        )
+        fixed = field.guidance.per_sample(lambda value: 0.0)
         constants.append(repr(fixed) if scale_place is not None else field.guidance)
     names = (tuple(condition), tuple(uncondition), seed_place, scale_place)
 

@@ -44,7 +44,7 @@ GRIDS = [
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (0.25, 0.75), (0.1, 1.0)])
 def test_ends_number_and_order(grid, steps, ends):
     if isinstance(grid, StretchedGrid) and steps > 1 and ends == (0.25, 0.75):
-        with pytest.raises(ValueError, match="noise levels 0.25 and 0.75"):
+        with pytest.raises(ValueError, match=r"noise levels 0\.25 and 0.75"):
             grid.times(steps, *ends)
         return
     times = list(grid.times(steps, *ends))

@@ -181,5 +181,5 @@ def test_refused(options, error, message, x1):
 
 
 def test_refused_data():
-    with pytest.raises(TypeError, match="x1 must be float32 or float64; got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"x1 must be float32 or float64; got torch\.bfloat16"):
         log_likelihood(RING, torch.zeros(2, 2, dtype=torch.bfloat16), seed=1)
