@@ -96,7 +96,7 @@ class Drawer:
         seed: int,
         steps: int | None,
         solver: str | None = None,
-        grid: float | None = None,
+        grid: Any = None,
         batch: int = 1000,
         progress: bool = False,
         done: Callable[[int], object] | None = None,
@@ -108,7 +108,7 @@ class Drawer:
             seed: of the noise.
             steps: of a solver that takes steps; None for an adaptive one.
             solver: None is `default_solver`.
-            grid: of times, a shift.
+            grid: of times, as in `rfkernels.sample`.
             batch: samples at a time.
             progress: show a bar.
             done: told the number of samples after every batch.

@@ -33,7 +33,7 @@ from rfkernels.sampling.optimised_grid import OptimisedGrid, optimise_grid
 from rfkernels.sampling.reconstruct import Reconstruction, reconstruct
 from rfkernels.sampling.run import Run, Solution, Solver
 from rfkernels.sampling.sample import SampleInfo, invert, sample
-from rfkernels.sampling.solvers import SOLVERS, get_solver
+from rfkernels.sampling.solvers import SOLVERS, evaluations, get_solver, steps_within
 from rfkernels.sampling.stochastic import SDE, Ancestral, Renoise
 from rfkernels.sampling.taylor import Taylor
 from rfkernels.sampling.windows import WindowGrid
@@ -84,6 +84,7 @@ __all__ = [
     "UniformGrid",
     "WindowGrid",
     "ddim",
+    "evaluations",
     "forget_graphs",
     "get_grid",
     "get_solver",
@@ -93,4 +94,5 @@ __all__ = [
     "reconstruct",
     "resolution_shift",
     "sample",
+    "steps_within",
 ]

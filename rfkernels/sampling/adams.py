@@ -23,6 +23,7 @@ class AB2(FixedStepSolver):
 
     name: ClassVar[str] = "ab2"
     evaluations: ClassVar[int] = 2
+    besides: ClassVar[int] = 1
 
     def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + c v + c_previous v_previous."""
@@ -48,6 +49,7 @@ class AB3(FixedStepSolver):
 
     name: ClassVar[str] = "ab3"
     evaluations: ClassVar[int] = 3
+    besides: ClassVar[int] = 1
 
     def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + c0 v + c1 v_previous + c2 v_before; history holds (velocity, its step), newest first."""

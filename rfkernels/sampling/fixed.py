@@ -54,8 +54,9 @@ class Interval:
 class FixedStepSolver:
     """A rule for one step, walked along the grid of the run.
 
-    Subclasses define ``name`` and :meth:`step`, and ``evaluations``, how many velocities one update
-    sums, if that is more than one (and ``tensors``, how many other tensors besides x).
+    Subclasses define ``name`` and :meth:`step`, and what differs of ``evaluations``, how many
+    velocities one update sums, ``tensors``, how many other tensors besides x, and the cost of N steps,
+    ``per_step`` N + ``besides`` calls of the velocity, twice that under guidance.
     """
 
     name: ClassVar[str]
@@ -63,6 +64,8 @@ class FixedStepSolver:
     stochastic: ClassVar[bool] = False
     evaluations: int = 1
     tensors: int = 0
+    per_step: int = 1  # calls of the velocity without guidance, and those besides in a run
+    besides: int = 0
 
     def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
         """What the solver keeps from step to step, as it is before the first one."""
@@ -135,6 +138,7 @@ class Midpoint(FixedStepSolver):
     """The explicit midpoint rule: second order, two evaluations a step."""
 
     name: ClassVar[str] = "midpoint"
+    per_step: ClassVar[int] = 2
 
     def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + h v(x + h/2 v, t + h/2)."""
@@ -148,6 +152,7 @@ class Heun(FixedStepSolver):
 
     name: ClassVar[str] = "heun"
     evaluations: ClassVar[int] = 2
+    per_step: ClassVar[int] = 2
 
     def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + h/2 (v1 + v2), v2 at the Euler step's end."""
@@ -164,6 +169,7 @@ class RK4(FixedStepSolver):
 
     name: ClassVar[str] = "rk4"
     evaluations: ClassVar[int] = 4
+    per_step: ClassVar[int] = 4
 
     def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + h/6 (k1 + 2 k2 + 2 k3 + k4)."""

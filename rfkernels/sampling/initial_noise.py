@@ -41,6 +41,8 @@ class InitialNoise:
 
     name: ClassVar[str] = "rf++"
     adaptive: ClassVar[bool] = False
+    per_step: ClassVar[int] = 1
+    besides: ClassVar[int] = 0
 
     def integrate(self, field: Field, x0: Tensor, run: Run) -> Solution:
         """Walk ``run.times`` from x0; see :class:`rfkernels.sampling.run.Solver`."""

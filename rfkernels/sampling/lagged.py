@@ -27,6 +27,8 @@ __all__ = ["FireFlow", "UniInv"]
 class _Lagged:
     adaptive: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    per_step: ClassVar[int] = 1
+    besides: ClassVar[int] = 1
     theta: ClassVar[float]
 
     def integrate(self, field: Field, x0: Tensor, run: Run) -> Solution:

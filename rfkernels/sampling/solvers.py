@@ -1,4 +1,4 @@
-"""Solvers by name."""
+"""Solvers by name, and what a number of steps costs."""
 
 from __future__ import annotations
 
@@ -47,3 +47,20 @@ def get_solver(solver: str | Solver) -> Solver:
             f"got {type(solver).__name__}"
         )
     return solver
+
+
+def evaluations(solver: str | Solver, steps: int) -> int | None:
+    """Calls of the velocity in ``steps`` steps without guidance; None where only a run can tell."""
+    solver = get_solver(solver)
+    per_step = getattr(solver, "per_step", None)
+    return None if per_step is None else per_step * steps + solver.besides
+
+
+def steps_within(solver: str | Solver, nfe: int) -> int | None:
+    """The most steps that cost at most ``nfe`` calls of the velocity; None if not even one does, or
+    where only a run can tell."""
+    solver = get_solver(solver)
+    per_step = getattr(solver, "per_step", None)
+    if per_step is None:
+        return None
+    return max(nfe - solver.besides, 0) // per_step or None

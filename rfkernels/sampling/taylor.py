@@ -53,6 +53,11 @@ class Taylor(FixedStepSolver):
             if not 0 < self.look_ahead <= 1:
                 raise ValueError(f"Taylor: look_ahead must be in (0, 1]; got {self.look_ahead!r}")
 
+    @property
+    def per_step(self) -> int:
+        """The order."""
+        return self.order
+
     def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
         """x + h v + h^2/2 dv/dt (+ h^3/6 d2v/dt2)."""
         if self.derivative == "jvp":
