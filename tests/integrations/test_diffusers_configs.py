@@ -149,7 +149,7 @@ def test_solvers_that_are_not_here_are_refused():
         ({"algorithm": "rk4"}, "algorithm must be one of"),
         ({"solver_order": 4}, "solver_order must be 1 to 3"),
         ({"algorithm": "dpm++", "solver_type": "bh2"}, "solver_type of 'dpm"),
-        ({"invert_sigmas": True}, "invert_sigmas needs algorithm='ab2'"),
+        ({"algorithm": "unipc", "invert_sigmas": True}, "invert_sigmas needs algorithm='ab2'"),
         ({"grid": "karras"}, "grid must be one of"),
         ({"grid": "unipc", "algorithm": "ab2", "invert_sigmas": True}, "invert_sigmas needs grid"),
         ({"explicit_timesteps": "drop"}, "explicit_timesteps must be one of"),

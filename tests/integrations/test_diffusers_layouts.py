@@ -21,6 +21,13 @@ def cls_of(name):
     return getattr(rfd, f"RF{name}Scheduler")
 
 
+def made(name, **config):
+    """A scheduler by name; "dpm++" and "unipc" are algorithms of the multistep one."""
+    if name in ("dpm++", "unipc"):
+        return rfd.RFMultistepScheduler(algorithm=name, **config)
+    return cls_of(name)(**config)
+
+
 def test_layouts():
     for name, times, levels in (
         ("Euler", [1000, 500], [1, 0.5, 0]),
@@ -89,9 +96,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "dpm++", "unipc"])
 def test_steps_read_nothing(name):
-    scheduler = cls_of(name)(shift=3.0)
+    scheduler = made(name, shift=3.0)
     x = torch.randn(1, 4, 8, 8)
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(0)
@@ -104,16 +111,16 @@ def test_steps_read_nothing(name):
     with Reads() as counted:
         theirs.scale_noise(torch.randn(4, 3), theirs.timesteps[[1, 5, 7, 9]], torch.randn(4, 3))
     assert counted.reads == 8  # the mode does see what it looks for
-    ours = cls_of(name)()
+    ours = made(name)
     with Reads() as counted:
         ours.scale_noise(torch.randn(4, 3), ours.timesteps[[1, 5, 7, 9]], torch.randn(4, 3))
     assert counted.reads == 0
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "dpm++", "unipc"])
 def test_on_a_device_that_cannot_be_read(name):
     """The meta device has no numbers: whatever asked for one would fail."""
-    scheduler = cls_of(name)(shift=3.0)
+    scheduler = made(name, shift=3.0)
     scheduler.set_timesteps(5, device="meta")
     assert scheduler.sigmas.device.type == scheduler.timesteps.device.type == "meta"
     scheduler.set_begin_index(0)
@@ -121,7 +128,7 @@ def test_on_a_device_that_cannot_be_read(name):
     for t in scheduler.timesteps:
         x = scheduler.step(torch.empty_like(x), t, x).prev_sample
     assert x.device.type == "meta"
-    table = cls_of(name)()
+    table = made(name)
     t = torch.empty(2, device="meta")
     assert table.scale_noise(x, t, torch.empty_like(x)).shape == x.shape
     if name == "Euler":

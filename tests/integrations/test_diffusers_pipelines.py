@@ -1,0 +1,246 @@
+"""Pipelines of small random networks: latents as with diffusers' schedulers, saved, loaded and begun midway."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip(
+    "diffusers", minversion="0.42", reason="needs diffusers 0.42, whose pipelines these are"
+)
+
+import diffusers
+import diffusers_direct
+import diffusers_dispatched
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers_family import Family, build
+
+import rfkernels as rf
+from rfkernels.flow.closed_form import GaussianMixtureFlow
+from rfkernels.integrations import diffusers as rfd
+
+FAMILIES = {**diffusers_direct.FAMILIES, **diffusers_dispatched.FAMILIES}
+# diffusers' own: it warns of a class of its own
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+FLUX = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "Multistep"]
+
+
+def cls_of(name):
+    return getattr(rfd, f"RF{name}Scheduler")
+
+
+def network(name, **options):
+    family = FAMILIES[name]
+    return build(Family(family.cls, {**family.options, **options}, family.inputs, family.calls))[0]
+
+
+def vae():
+    """A picture of 32 x 32 from latents of 4 x 4, 4 channels."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=32,
+    ).eval()
+
+
+def flux(scheduler):
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    network_of_it = network("Flux", in_channels=16)
+    return diffusers.FluxPipeline(
+        scheduler=scheduler, vae=vae(), transformer=network_of_it, **nothing
+    )
+
+
+def sd3(scheduler, transformer=None):
+    names = (
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    )
+    transformer = network("SD3") if transformer is None else transformer
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=scheduler, vae=vae(), transformer=transformer, **dict.fromkeys(names)
+    )
+
+
+def wan(scheduler):
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    return diffusers.WanPipeline(scheduler=scheduler, transformer=network("Wan"), **nothing)
+
+
+def call(pipe, steps=4, **options):
+    """Latents (or what output_type says) of a run with fixed embeddings and noise."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randn(1, 7, 32, generator=generator)
+    arguments = {
+        "prompt_embeds": text,
+        "num_inference_steps": steps,
+        "generator": generator,
+        "output_type": "latent",
+        "guidance_scale": 1.0,
+        "height": 32,
+        "width": 32,
+    }
+    if isinstance(pipe, diffusers.WanPipeline):
+        arguments |= {"num_frames": 5, "guidance_scale": 2.0, "negative_prompt_embeds": -text}
+    else:
+        arguments["pooled_prompt_embeds"] = torch.randn(1, 32, generator=generator)
+    return pipe(**{**arguments, **options}, return_dict=False)[0]
+
+
+CASES = {
+    "Flux": (flux, FLUX),
+    "SD3": (sd3, {"shift": 3.0}),
+    "Wan": (wan, {"shift": 5.0}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_latents_as_with_the_scheduler_of_diffusers(name):
+    make, config = CASES[name]
+    pipe = make(FlowMatchEulerDiscreteScheduler(**config))
+    expected = call(pipe)
+    pipe.scheduler = rf.integrations.diffusers.RFEulerScheduler.from_config(pipe.scheduler.config)
+    found = call(pipe)
+    assert torch.isfinite(found).all()
+    assert found.std() > 0
+    assert torch.equal(found, expected)
+    assert torch.equal(call(pipe), expected)  # a second run starts afresh
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scheduler", ALL[1:])
+def test_other_schedulers_run_and_agree(name, scheduler):
+    """All of them go to the same flow's end: with many steps as one, with few not."""
+    make, config = CASES[name]
+    pipe = make(FlowMatchEulerDiscreteScheduler(**config))
+    euler = call(pipe, 60)
+    pipe.scheduler = cls_of(scheduler).from_config(pipe.scheduler.config)
+    found = call(pipe, 30)
+    assert found.shape == euler.shape
+    assert found.dtype == euler.dtype
+    assert 0 < (found - euler).norm() / euler.norm() < 0.15
+
+
+def test_wan_keeps_the_shift_of_its_multistep_scheduler():
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0}
+    pipe = wan(UniPCMultistepScheduler(**config))
+    expected = call(pipe, 6)
+    pipe.scheduler = rfd.RFMultistepScheduler.from_config(
+        pipe.scheduler.config, integer_timesteps=True
+    )
+    found = call(pipe, 6)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    pipe.scheduler = rfd.RFMidpointScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.shift == 5.0
+
+
+@pytest.mark.parametrize("scheduler", ALL)
+def test_a_pipeline_is_saved_and_loaded(scheduler, tmp_path):
+    pipe = flux(cls_of(scheduler)(**FLUX, single_shift=True))
+    expected = call(pipe, 3, output_type="np")
+    assert expected.shape == (1, 32, 32, 3)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["rfkernels.integrations.diffusers", f"RF{scheduler}Scheduler"]
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **nothing)
+    assert type(again.scheduler) is cls_of(scheduler)
+    assert again.scheduler.config.single_shift
+    # Loaded weights lie elsewhere in memory, which moves the last digit of a product.
+    assert np.abs(call(again, 3, output_type="np") - expected).max() < 1e-5
+    # another scheduler may be given in its place
+    other = cls_of("Euler").from_pretrained(tmp_path, subfolder="scheduler")
+    assert other.config.max_shift == 1.15
+    replaced = diffusers.FluxPipeline.from_pretrained(tmp_path, scheduler=other, **nothing)
+    assert type(replaced.scheduler) is cls_of("Euler")
+
+
+@pytest.mark.parametrize("scheduler", ALL)
+@pytest.mark.parametrize("name", ["Flux", "SD3"])
+def test_image_to_image_begins_midway(name, scheduler):
+    """The pipeline skips entries of the schedule by `order` and mixes noise in at the first one left."""
+    if name == "Flux" and scheduler in ("Heun", "Midpoint"):
+        pytest.skip(
+            "this pipeline counts the entries of the schedule as steps and so begins too late"
+        )
+    make, config = CASES[name]
+    text = make(FlowMatchEulerDiscreteScheduler(**config))
+    cls = getattr(
+        diffusers, {"Flux": "FluxImg2ImgPipeline"}.get(name, "StableDiffusion3Img2ImgPipeline")
+    )
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    results = []
+    for made in (FlowMatchEulerDiscreteScheduler(**config), cls_of(scheduler)(**config)):
+        pipe = cls(**{**text.components, "scheduler": made})
+        results.append(call(pipe, 20, image=picture, strength=0.6))
+    if scheduler == "Euler":
+        assert torch.equal(*results)
+    else:  # FireFlow begins at a midpoint, half a step from where the others do
+        bound = 0.25 if scheduler == "FireFlow" else 0.15
+        assert 0 < (results[0] - results[1]).norm() / results[0].norm() < bound
+
+
+class ExactTransformer(ModelMixin, ConfigMixin):
+    """Stands for SD3's network and answers with the exact field of a flow; counts its calls."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 4, sample_size: int = 4, patch_size: int = 2) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        means = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        self.flow = GaussianMixtureFlow(means, 0.4)
+        self.calls = 0
+
+    def forward(self, hidden_states, timestep, **_):
+        self.calls += 1
+        return (-self.flow(hidden_states, 1 - timestep / 1000),)
+
+
+def test_fewer_calls_for_the_same_error():
+    network_of_it = ExactTransformer()
+    pipe = sd3(FlowMatchEulerDiscreteScheduler(shift=3.0), network_of_it)
+    config = pipe.scheduler.config
+
+    def measured(cls, steps, **options):
+        pipe.scheduler = cls.from_config(config, **options)
+        network_of_it.calls = 0
+        latents = call(pipe, steps)
+        return latents, network_of_it.calls
+
+    truth, _ = measured(rfd.RFMidpointScheduler, 400)
+    errors, calls = {}, {}
+    for name, cls, steps, options in (
+        ("euler", FlowMatchEulerDiscreteScheduler, 40, {}),
+        ("midpoint", rfd.RFMidpointScheduler, 10, {}),
+        ("heun", rfd.RFHeunScheduler, 10, {}),
+        ("fireflow", rfd.RFFireFlowScheduler, 16, {}),
+        ("ab2", rfd.RFMultistepScheduler, 20, {"algorithm": "ab2"}),
+        ("dpm++", rfd.RFMultistepScheduler, 20, {"algorithm": "dpm++", "grid": "dpm++"}),
+        ("unipc", rfd.RFMultistepScheduler, 20, {"algorithm": "unipc", "grid": "unipc"}),
+    ):
+        latents, calls[name] = measured(cls, steps, **options)
+        errors[name] = float((latents - truth).norm() / truth.norm())
+    assert calls == {
+        "euler": 40, "midpoint": 20, "heun": 19, "fireflow": 17, "ab2": 20, "dpm++": 20, "unipc": 20,
+    }  # fmt: skip
+    assert max(value for name, value in errors.items() if name != "euler") < errors["euler"], errors
