@@ -301,8 +301,8 @@ METHODS: dict[str, Callable[[Bench], Path]] = {
     "improved MeanFlow": lambda b: _flow_map(
         b, "improved-meanflow", recipes.ImprovedMeanFlow(train=b.config(b.both))
     ),
-    # An eighth of the samples has two evaluations of the average.
-    "shortcut": lambda b: _flow_map(b, "shortcut", recipes.Shortcut(train=b.config(b.both, 1.25))),
+    # A quarter of the samples has two evaluations of the average.
+    "shortcut": lambda b: _flow_map(b, "shortcut", recipes.Shortcut(train=b.config(b.both, 1.5))),
     "consistency FM": lambda b: b.recipe(
         "consistency-fm",
         recipes.ConsistencyFM(train=b.config(b.both)),

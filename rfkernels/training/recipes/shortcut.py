@@ -60,7 +60,7 @@ class Shortcut(Recipe):
     sample_solver: ClassVar[str] = "flow-map"
 
     finest: int = 128
-    bootstrap_fraction: float = 0.125
+    bootstrap_fraction: float = 0.25
     clip: float = 4.0
     target_guidance_scale: float = 1.0
 
