@@ -14,7 +14,7 @@ for name in ("diffusers", "transformers"):
     sys.modules[name] = None
 import torch
 from rfkernels import integrations
-from rfkernels.integrations import comfyui, diffusers, sageattention, transformers
+from rfkernels.integrations import comfyui, diffusers, k_diffusion, sageattention, transformers
 q = torch.randn(1, 1, 4, 8)
 with integrations.sdpa():
     torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -24,6 +24,10 @@ for function in (diffusers.register_attention_backend, transformers.register_att
         function()
     except ImportError as error:
         print(error)
+try:
+    diffusers.RFEulerScheduler
+except ImportError as error:
+    print(error)
 """
 
 
@@ -43,4 +47,6 @@ def test_what_is_missing_is_named():
         'pip install "rfkernels[diffusers]"',
         "register_attention: needs transformers 5 or later; install it with: "
         'pip install "rfkernels[transformers]"',
+        "RFEulerScheduler: needs diffusers 0.35 or later; install it with: "
+        'pip install "rfkernels[diffusers]"',
     ]

@@ -1,0 +1,276 @@
+"""Samplers in the style of k-diffusion and ComfyUI: f(model, x, sigmas, extra_args, callback, disable) -> x.
+
+`model(x, sigma, **extra_args)` returns the denoised data, sigma being (B,); for flow models (ComfyUI's CONST sampling) sigma
+is 1 at noise and 0 at data, and x + (sigma_next - sigma) (x - denoised) / sigma is an Euler step. `sigmas` descends and
+usually ends at 0. Every update is one kernel call; the levels are read to the host once a run.
+
+    =================== ===== ====================== =========================================
+    function            order calls for N intervals
+    =================== ===== ====================== =========================================
+    sample_rf_euler     1     N
+    sample_rf_heun      2     2 N - 1                Euler into 0, where the slope has no value
+    sample_rf_midpoint  2     2 N                    RF-Solver of order 2
+    sample_rf_fireflow  2     N + 1
+    sample_rf_ab2       2     N                      Adams-Bashforth, an Euler step first
+    sample_rf_dpmpp_2m  2     N                      DPM-Solver++ in flow form
+    sample_rf_unipc     2     N                      UniPC in flow form
+    =================== ===== ====================== =========================================
+
+In ComfyUI, `KSAMPLER(rf.integrations.k_diffusion.sample_rf_midpoint)` is a sampler. Needs neither package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+import rfkernels as rf
+from rfkernels.integrations.diffusers.schedulers import multistep_rules as rules
+
+Model = Callable[..., torch.Tensor]
+Callback = Callable[[dict[str, Any]], None]
+
+__all__ = [
+    "sample_rf_ab2",
+    "sample_rf_dpmpp_2m",
+    "sample_rf_euler",
+    "sample_rf_fireflow",
+    "sample_rf_heun",
+    "sample_rf_midpoint",
+    "sample_rf_unipc",
+]
+
+
+class _Run:
+    """A model along a descending list of levels, with its callback and its progress bar."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any] | None,
+        callback: Callback | None,
+        disable: bool | None,
+    ) -> None:
+        if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 1:
+            raise ValueError(f"{name}: sigmas must be a 1-D tensor of levels; got {sigmas!r}")
+        self.levels: list[float] = sigmas.tolist()
+        if any(after >= before for before, after in pairwise(self.levels)) or self.levels[-1] < 0:
+            raise ValueError(f"{name}: sigmas must descend to 0 or above; got {self.levels}")
+        self._model, self._extra, self._callback = model, extra_args or {}, callback
+        self._ones = x.new_ones([x.shape[0]], dtype=sigmas.dtype)
+        self._disable = disable
+
+    def intervals(self) -> Iterable[tuple[int, float, float]]:
+        """(index, level, next level), under a progress bar if tqdm is there and not disabled."""
+        steps = [(i, *pair) for i, pair in enumerate(pairwise(self.levels))]
+        if self._disable:
+            return steps
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return steps
+        return tqdm(steps)
+
+    def denoised(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The model's answer."""
+        return self._model(x, self._ones * sigma, **self._extra)
+
+    def report(self, index: int, x: torch.Tensor, sigma: float, denoised: torch.Tensor) -> None:
+        """k-diffusion's callback, before the step."""
+        if self._callback is not None:
+            self._callback(
+                {"x": x, "i": index, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised}
+            )
+
+
+def _along(
+    x: torch.Tensor, *terms: tuple[torch.Tensor, torch.Tensor, float, float]
+) -> torch.Tensor:
+    """x + the sum of step * (state - denoised) / sigma over terms (state, denoised, sigma, step).
+
+    A state that is x itself is no tensor of its own.
+    """
+    own, tensors, coefficients = 1.0, [], []
+    for state, denoised, sigma, step in terms:
+        slope = step / sigma
+        if state is x:
+            own += slope
+        else:
+            tensors.append(state)
+            coefficients.append(slope)
+        tensors.append(denoised)
+        coefficients.append(-slope)
+    return rf.linear_step(x, tuple(tensors), tuple(coefficients), x_coefficient=own)
+
+
+def sample_rf_euler(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """Euler's rule.
+
+    Args:
+        model: (x, sigma (B,), **extra_args) -> denoised, like x.
+        x: (B, ...) at the level sigmas[0].
+        sigmas: (N + 1,) descending, >= 0.
+        extra_args: for the model.
+        callback: called in every step with a dict of x, i, sigma, sigma_hat (= sigma, a float) and denoised.
+        disable: no progress bar.
+
+    Returns:
+        x at the level sigmas[-1].
+
+    Raises:
+        ValueError: sigmas that do not descend.
+    """
+    run = _Run("sample_rf_euler", model, x, sigmas, extra_args, callback, disable)
+    for i, sigma, after in run.intervals():
+        denoised = run.denoised(x, sigma)
+        run.report(i, x, sigma, denoised)
+        x = _along(x, (x, denoised, sigma, after - sigma))
+    return x
+
+
+def sample_rf_heun(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """Heun's rule, with an Euler step into 0; arguments as for `sample_rf_euler`."""
+    run = _Run("sample_rf_heun", model, x, sigmas, extra_args, callback, disable)
+    for i, sigma, after in run.intervals():
+        step = after - sigma
+        denoised = run.denoised(x, sigma)
+        run.report(i, x, sigma, denoised)
+        end = _along(x, (x, denoised, sigma, step))
+        if after > 0:
+            second = run.denoised(end, after)
+            end = _along(x, (x, denoised, sigma, step / 2), (end, second, after, step / 2))
+        x = end
+    return x
+
+
+def sample_rf_midpoint(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """The midpoint rule (RF-Solver of order 2); arguments as for `sample_rf_euler`."""
+    run = _Run("sample_rf_midpoint", model, x, sigmas, extra_args, callback, disable)
+    for i, sigma, after in run.intervals():
+        middle = (sigma + after) / 2
+        denoised = run.denoised(x, sigma)
+        run.report(i, x, sigma, denoised)
+        half = _along(x, (x, denoised, sigma, middle - sigma))
+        x = _along(x, (half, run.denoised(half, middle), middle, after - sigma))
+    return x
+
+
+def sample_rf_fireflow(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """FireFlow: the midpoint rule with the slope of the last midpoint in the place of the one at the start of the step.
+
+    Arguments as for `sample_rf_euler`.
+    """
+    run = _Run("sample_rf_fireflow", model, x, sigmas, extra_args, callback, disable)
+    known = None  # (state, denoised, level) whose slope starts the step
+    for i, sigma, after in run.intervals():
+        if known is None:
+            known = (x, run.denoised(x, sigma), sigma)
+        run.report(i, x, sigma, known[1])
+        middle = (sigma + after) / 2
+        half = _along(x, (*known, middle - sigma))
+        known = (half, run.denoised(half, middle), middle)
+        x = _along(x, (*known, after - sigma))
+    return x
+
+
+def sample_rf_ab2(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """Adams-Bashforth of order 2; arguments as for `sample_rf_euler`."""
+    run = _Run("sample_rf_ab2", model, x, sigmas, extra_args, callback, disable)
+    last, previous = None, None
+    for i, sigma, after in run.intervals():
+        denoised = run.denoised(x, sigma)
+        run.report(i, x, sigma, denoised)
+        now, *then = rules.ab2(after - sigma, previous)
+        terms = [(x, denoised, sigma, now)] + [(*last, step) for step in then]
+        last, previous = (x, denoised, sigma), after - sigma
+        x = _along(x, *terms)
+    return x
+
+
+def sample_rf_dpmpp_2m(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """DPM-Solver++ (2M) in flow form; arguments as for `sample_rf_euler`."""
+    run = _Run("sample_rf_dpmpp_2m", model, x, sigmas, extra_args, callback, disable)
+    past: list[torch.Tensor] = []
+    for i, sigma, after in run.intervals():
+        past = [run.denoised(x, sigma), *past[:1]]
+        run.report(i, x, sigma, past[0])
+        levels = [after, sigma, *run.levels[max(i - 1, 0) : i]]
+        of_state, *weights = rules.dpm(levels, len(past), "midpoint")
+        x = rf.linear_step(x, tuple(past[: len(weights)]), tuple(weights), x_coefficient=of_state)
+    return x
+
+
+def sample_rf_unipc(
+    model: Model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """UniPC of order 2 (B2) in flow form, corrector and predictor in one update; arguments as for `sample_rf_euler`."""
+    run = _Run("sample_rf_unipc", model, x, sigmas, extra_args, callback, disable)
+    past: list[torch.Tensor] = []
+    order = 0
+    for i, sigma, after in run.intervals():
+        past = [run.denoised(x, sigma), *past[:2]]
+        run.report(i, x, sigma, past[0])
+        levels = [after, *run.levels[i::-1][:3]]
+        predicted = order
+        order = min(2, len(past), len(run.levels) - 1 - i)
+        of_state, *weights = rules.unipc_predictor(levels, order, "bh2")
+        weights += [0.0] * (len(past) - len(weights))
+        if predicted:
+            correction = rules.unipc_correction(levels[1:], predicted, "bh2")
+            for k, change in enumerate(correction):
+                weights[k] += of_state * change
+        x = rf.linear_step(x, tuple(past), tuple(weights), x_coefficient=of_state)
+    return x
