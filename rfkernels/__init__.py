@@ -34,7 +34,17 @@ _LAZY = {
     "sageattn": "rfkernels.integrations.sageattention",
     "sageattn_varlen": "rfkernels.integrations.sageattention",
 }
-_ROOMS = ("data", "flow", "integrations", "metrics", "models", "optim", "sampling", "training")
+_ROOMS = (
+    "data",
+    "editing",
+    "flow",
+    "integrations",
+    "metrics",
+    "models",
+    "optim",
+    "sampling",
+    "training",
+)
 
 __all__ = [
     "AttentionStats",

@@ -3,7 +3,7 @@ for images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,10 @@ def _modulated(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tor
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each between an adaptive norm and a gate; the gates start at zero
-    (adaLN-zero). `attention` is read at every call and may be changed."""
+    (adaLN-zero). `attention` is read at every call and may be changed; so is `exchange`: called with
+    (q, k, v), each (B, H, S, D), it returns what attention takes instead."""
+
+    exchange: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float, dropout: float, attention: str
@@ -69,6 +72,8 @@ class DiTBlock(nn.Module):
         q, k, v = qkv.reshape(batch, length, 3, self.heads, width // self.heads).permute(
             2, 0, 3, 1, 4
         )
+        if self.exchange is not None:
+            q, k, v = self.exchange(q, k, v)
         attended = self._attend(q, k, v)
         h = h + gate_a[:, None] * self.merge(attended.transpose(1, 2).reshape(batch, length, width))
         return h + gate_m[:, None] * self.mlp(_modulated(h, shift_m, scale_m))

@@ -1,0 +1,248 @@
+"""Sharing attention features: what inversion computed stands in for what sampling would compute.
+
+RF-Edit (Wang et al. 2024, "Taming rectified flow for inversion and editing") keeps V of some attention
+blocks during the last n steps of inversion, those nearest the noise, and uses it in the first n steps of
+sampling over the same intervals of the grid; so the edit keeps the source's layout. FireFlow (Deng et
+al. 2024) does the same in every block, for one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfkernels.editing.storage import STORES, Stored, keep
+from rfkernels.sampling.field import Evaluation, Field, State
+from rfkernels.training.option_checks import number, require, whole
+
+__all__ = ["Bank", "Features", "Key", "TappedField", "attention_blocks"]
+
+MODES = ("replace", "mix", "add")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What ``edit`` shares between inversion and sampling.
+
+    Args:
+        steps: n, how many steps share: the last of inversion, the first of sampling. 0 shares
+            nothing. Published: RF-Edit 2 to 8 of 15 to 30, FireFlow 1 of 8. More keeps more of the
+            source.
+        blocks: numbers of the attention blocks, in the network's order; None is all, as FireFlow has
+            it; RF-Edit takes the later half, ``range(depth // 2, depth)``.
+        what: which of q, k, v; any of the letters, "v" is published for both.
+        mode: "replace"; "mix", weight * kept + (1 - weight) * own; or "add", own + weight * kept.
+        weight: of "mix", in [0, 1], and of "add"; not of "replace".
+        store: "device", "host", "int8" or "fp8"; see :func:`rfkernels.editing.storage.keep`. The
+            first two are exact.
+    """
+
+    steps: int
+    blocks: Sequence[int] | None = None
+    what: str = "v"
+    mode: str = "replace"
+    weight: float = 1.0
+    store: str = "device"
+
+    def __post_init__(self) -> None:
+        whole("steps", self.steps, 0)
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+            for block in self.blocks:
+                whole("blocks", block, 0)
+            distinct = len(set(self.blocks)) == len(self.blocks)
+            require(distinct, "blocks", "must name each block once", self.blocks)
+        letters = isinstance(self.what, str) and 0 < len(self.what) == len(set(self.what))
+        right = letters and set(self.what) <= set("qkv")
+        require(right, "what", "must be some of the letters q, k, v", self.what)
+        require(self.mode in MODES, "mode", f"must be one of {', '.join(MODES)}", self.mode)
+        require(self.store in STORES, "store", f"must be one of {', '.join(STORES)}", self.store)
+        weight = number("weight", self.weight)
+        if self.mode == "replace":
+            require(weight == 1, "weight", "is for mode='mix' or 'add'", weight)
+        if self.mode == "mix":
+            require(0 <= weight <= 1, "weight", "must be in [0, 1] for mode='mix'", weight)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a feature belongs.
+
+    Attributes:
+        interval: of the ascending grid, from 0 at the noise.
+        middle: whether it was computed inside the interval, not at the end that the step began from.
+        unconditional: whether in the second call of guidance.
+        block: number of the attention block.
+        name: "q", "k" or "v".
+    """
+
+    interval: int
+    middle: bool
+    unconditional: bool
+    block: int
+    name: str
+
+
+@dataclass
+class Bank:
+    """The kept features of one edit.
+
+    Attributes:
+        features: the options.
+        kept: by key.
+        peak_bytes: all that was kept.
+        missed: how often sampling found nothing kept and went on with its own, as it does at
+            FireFlow's first evaluation.
+    """
+
+    features: Features
+    kept: dict[Key, Stored] = field(default_factory=dict)
+    peak_bytes: int = 0
+    missed: int = 0
+    _squares: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        """Root mean square of (restored - computed) over that of computed; 0 where exact."""
+        if not self._squares:
+            return 0.0
+        wrong, whole_ = (
+            math.fsum(float(pair[side]) for pair in self._squares) for side in range(2)
+        )
+        return math.sqrt(wrong / whole_) if whole_ else 0.0
+
+    def record(self, key: Key, tensor: Tensor) -> None:
+        """Keeps a copy.
+
+        Raises:
+            ValueError: something is kept under that key.
+        """
+        if key in self.kept:
+            raise ValueError(f"Bank: every key must be recorded once; got {key} again")
+        stored = keep(tensor, self.features.store)
+        self.kept[key] = stored
+        self.peak_bytes += stored.nbytes
+        if stored.scale is not None:
+            wide = tensor.double()
+            wrong = stored.restored().double() - wide
+            self._squares.append((wrong.square().sum(), wide.square().sum()))
+
+    def inject(self, key: Key, own: Tensor) -> Tensor:
+        """Writes into ``own`` what attention takes in its place, and returns it.
+
+        Its memory layout stays, since in another one attention might round differently. The
+        unconditional call of guidance takes what the conditional one left, if inversion was not
+        guided.
+        """
+        stored = self.kept.get(key)
+        if stored is None and key.unconditional:
+            stored = self.kept.get(replace(key, unconditional=False))
+        if stored is None:
+            self.missed += 1
+            return own
+        kept, weight = stored.restored(), self.features.weight
+        if self.features.mode == "replace":
+            return own.copy_(kept)
+        if self.features.mode == "mix":
+            return own.lerp_(kept.to(own.dtype), weight)
+        return own.add_(kept.to(own.dtype), alpha=weight)
+
+
+def attention_blocks(velocity: object) -> list[nn.Module]:
+    """The blocks of a network that let features be exchanged, in its order.
+
+    Those are modules whose class has the attribute ``exchange``, such as ``DiTBlock``: where it is
+    not None it is called with (q, k, v), may write into them, and returns what attention takes.
+
+    Raises:
+        TypeError: not a module. ValueError: a module without such blocks.
+    """
+    if not isinstance(velocity, nn.Module):
+        raise TypeError(
+            "features: velocity must be a torch.nn.Module, whose attention blocks can be reached; "
+            f"got {type(velocity).__name__}"
+        )
+    blocks = [module for module in velocity.modules() if hasattr(type(module), "exchange")]
+    if not blocks:
+        raise ValueError(
+            "features: velocity must have attention blocks that exchange features, such as those "
+            f"of rfkernels.models.DiT; got {type(velocity).__name__}"
+        )
+    return blocks
+
+
+@dataclass
+class TappedField(Field):
+    """A field that records its network's features in a bank, or injects them, in the first intervals
+    of the grid.
+
+    For solvers that evaluate once at the start of a step, or once inside it, or both.
+
+    Args:
+        bank: where to, or from.
+        times: the ascending grid.
+        backwards: whether it is walked down.
+        recording: whether features are recorded; else injected.
+    """
+
+    bank: Bank | None = None
+    times: tuple[float, ...] = ()
+    backwards: bool = False
+    recording: bool = False
+    _where: tuple[int, bool] = (0, False)
+
+    @classmethod
+    def of(cls, made: Field, **tap: Any) -> TappedField:
+        """That field, tapped."""
+        return cls(**vars(made), **tap)
+
+    def __call__(self, state: State, t: float | Tensor) -> Evaluation:
+        """The velocity at (state, t)."""
+        self._where = self.locate(float(t))
+        return super().__call__(state, t)
+
+    def locate(self, t: float) -> tuple[int, bool]:
+        """(interval, whether t is inside it); a time of the grid belongs to the step that starts
+        there."""
+        if t in self.times:
+            return self.times.index(t) - self.backwards, False
+        return sum(time < t for time in self.times) - 1, True
+
+    def _call(self, state: State, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        interval, middle = self._where
+        if interval >= self.bank.features.steps:
+            return super()._call(state, t, condition)
+        second = self.guidance is not None and condition is self.uncondition
+        with self._tapped(interval, middle, second):
+            return super()._call(state, t, condition)
+
+    @contextlib.contextmanager
+    def _tapped(self, interval: int, middle: bool, unconditional: bool) -> Iterator[None]:
+        blocks = attention_blocks(self.velocity)
+        chosen = self.bank.features.blocks
+        try:
+            for number_, block in enumerate(blocks):
+                if chosen is None or number_ in chosen:
+                    here = functools.partial(Key, interval, middle, unconditional, number_)
+                    block.exchange = functools.partial(self._exchange, here)
+            yield
+        finally:
+            for block in blocks:
+                vars(block).pop("exchange", None)
+
+    @torch.compiler.disable
+    def _exchange(self, key: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = {"q": q, "k": k, "v": v}
+        for name in self.bank.features.what:
+            if self.recording:
+                self.bank.record(key(name), heads[name])
+            else:
+                heads[name] = self.bank.inject(key(name), heads[name])
+        return heads["q"], heads["k"], heads["v"]

@@ -1,0 +1,119 @@
+"""What an editing method is given, and what makes an object a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rfkernels.ops.random import derive_seed
+from rfkernels.sampling.arguments import make_field
+from rfkernels.sampling.field import Evaluation, Field
+from rfkernels.sampling.guidance import Guidance, Part
+from rfkernels.sampling.run import Run
+from rfkernels.sampling.solvers import get_solver
+from rfkernels.sampling.stochastic import noise_keys
+
+if TYPE_CHECKING:
+    from rfkernels.editing.features import Bank, Features
+
+__all__ = ["Method", "Setting", "parts_of"]
+
+Scale = float | Tensor | Guidance | None
+_PURPOSE = derive_seed(0, "editing noise")
+
+
+@dataclass
+class Setting:
+    """One call of ``edit``, its arguments checked.
+
+    Attributes:
+        velocity: velocity(x, t, **condition).
+        x1: (B, ...) what is edited; never written to.
+        times: the ascending grid.
+        source, target, uncondition: keyword arguments of the velocity.
+        source_scale, target_scale: guidance.
+        seed: an int, or an int64 tensor, 0-d or (B,).
+        features: what is shared between inversion and sampling, or None.
+        progress: told the fraction that is done, in [0, 1].
+        bank: what was shared, set by the method; None for nothing.
+        fields: all that were made, whose calls are the cost.
+    """
+
+    velocity: Callable[..., Tensor]
+    x1: Tensor
+    times: tuple[float, ...]
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+    uncondition: Mapping[str, Any] | None
+    source_scale: Scale
+    target_scale: Scale
+    seed: int | Tensor
+    features: Features | None
+    progress: Callable[[float], None]
+    bank: Bank | None = None
+    fields: list[Field] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Intervals of the grid."""
+        return len(self.times) - 1
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the velocity so far, per sample."""
+        return sum(made.calls for made in self.fields)
+
+    def source_field(self) -> Field:
+        """A new field under the source's condition."""
+        return self._field("source", self.source, self.source_scale)
+
+    def target_field(self) -> Field:
+        """A new field under the target's condition."""
+        return self._field("target", self.target, self.target_scale)
+
+    def noise(self, scale: float, index: int) -> tuple[float, Tensor, Tensor]:
+        """What ``Field.combine`` draws noise from: a function of (seed, index, sample) alone."""
+        seeds, offsets = noise_keys(self.seed ^ _PURPOSE, self.x1.shape[0], self.x1.device)
+        return scale, seeds, offsets + (index << 32)
+
+    def run(self, times: tuple[float, ...], start: float, end: float) -> Run:
+        """What a solver needs to walk ``times``, which is the part [start, end] of the work."""
+        return Run(times, False, None, lambda done: self.progress(start + done * (end - start)))
+
+    def _field(self, name: str, condition: Mapping[str, Any], scale: Scale) -> Field:
+        made = make_field(
+            "edit", self.velocity, self.x1, condition, self.uncondition, scale, None,
+            get_solver("euler"), self.times,
+        )  # fmt: skip
+        self.fields.append(made)
+        return made
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Anything like this can be passed as ``method=``.
+
+    Attributes:
+        name: of the method.
+        shares_features: whether it can use ``features``.
+    """
+
+    name: str
+    shares_features: bool
+
+    def run(self, setting: Setting) -> Tensor:
+        """The edited samples, in the dtype of ``setting.x1``; called without gradients."""
+        ...
+
+
+def parts_of(field: Field, evaluation: Evaluation) -> tuple[Part, ...]:
+    """(coefficient, tensor) of a velocity of this field, guidance included."""
+    if evaluation.parts is not None:
+        return evaluation.parts
+    if evaluation.unconditional is None:
+        return ((1.0, evaluation.conditional),)
+    g = field.guidance.scale
+    return (g, evaluation.conditional), (1 - g, evaluation.unconditional)
