@@ -22,6 +22,7 @@ from rfkernels.cli.demo import demo
 from rfkernels.cli.distill import distill
 from rfkernels.cli.doctor import doctor
 from rfkernels.cli.eval import evaluate
+from rfkernels.cli.invert import invert
 from rfkernels.cli.reflow import reflow
 from rfkernels.cli.sample import sample
 from rfkernels.cli.train import train
@@ -84,6 +85,7 @@ for _name, _function in (
     ("reflow", reflow),
     ("distill", distill),
     ("sample", sample),
+    ("invert", invert),
     ("eval", evaluate),
     ("compare", compare),
     ("bench", bench),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rfkernels.cli.options import Device, choose_device
 from rfkernels.cli.output import check_file, say, write_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _SUFFIXES = (".png", ".safetensors", ".npz")
 
@@ -22,14 +25,17 @@ def sample(
             metavar="FILE", help="A .png picture, or .npz / .safetensors with the array x."
         ),
     ],
-    n: Annotated[int, typer.Option("--n", "-n", help="How many samples.")] = 64,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="How many samples.", show_default="64, or 16")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the solver.", show_default="8; none for dopri5")
     ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
-            help="euler, midpoint, heun, rk4, ab2, taylor, dopri5, rf++ or flow-map.",
+            help="euler, heun, ab2, fireflow, unipc, dpm++, dopri5, sde, ... (docs/samplers.md); "
+            "with --compare several, with commas.",
             show_default="the run's: euler, for most",
         ),
     ] = None,
@@ -37,6 +43,18 @@ def sample(
         float | None,
         typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
     ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Another grid: uniform, karras, exponential or beta.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="One picture of the same noises under every solver, at --nfe."
+        ),
+    ] = False,
+    nfe: Annotated[
+        str, typer.Option(help="Network evaluations that --compare shows, with commas.")
+    ] = "4,8,16",
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale, for a conditional run.")
     ] = None,
@@ -60,20 +78,29 @@ def sample(
       rfkernels sample runs/digits-2rf --steps 1 --out one-step.png
 
       rfkernels sample runs/mnist --label 3 --guidance 2 --solver heun --out threes.npz
+
+      rfkernels sample runs/digits --compare --nfe 4,8,16 --out solvers.png
     """
     import torch
 
     from rfkernels.cli.pictures import is_image, one_grid, require_pictures
     from rfkernels.cli.plots import point_cloud
+    from rfkernels.cli.solver_comparison import compared, evaluation_counts
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.training import load
 
+    n = (16 if compare else 64) if n is None else n
     for name, value in (("n", n), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1; got {value}")
     if seed < 0:
         raise ValueError(f"seed: must not be negative; got {seed}")
-    check_file("out", out, _SUFFIXES, force=force)
+    if shift is not None and grid is not None:
+        raise ValueError(f"grid: give it or shift, not both; got {grid!r} and {shift}")
+    counts = evaluation_counts(nfe) if compare else ()
+    if compare and steps is not None:
+        raise ValueError(f"steps: leave it out with --compare, which takes --nfe; got {steps}")
+    check_file("out", out, (".png",) if compare else _SUFFIXES, force=force)
     drawer = Drawer(load(run, device=choose_device(device)), guidance=guidance, label=label)
     shape = drawer.sample_shape
     picture = out.suffix.lower() == ".png"
@@ -83,6 +110,13 @@ def sample(
                 f"out: samples of the shape {shape} are no pictures; give an .npz or .safetensors file"
             )
         require_pictures()
+    options = {"seed": seed, "grid": shift if grid is None else grid, "batch": batch}
+    if compare:
+        table, rows = compared(drawer, solver, counts, torch.arange(n), guidance, options)
+        write_bytes(out, table)
+        if not quiet:
+            say(f"{n} noises, {rows} solvers, {nfe} network evaluations. Wrote {out}")
+        return
     solver = solver or drawer.default_solver
     if steps is None and solver != "dopri5":
         steps = 8
@@ -90,12 +124,10 @@ def sample(
     try:
         x, nfe = drawer.draw(
             index,
-            seed=seed,
             steps=steps,
             solver=solver,
-            grid=shift,
-            batch=batch,
             progress=not quiet,
+            **options,
         )
     except RuntimeError as error:
         # An adaptive solver that gives up is about this flow and its tolerances; other errors are bugs.
@@ -106,20 +138,22 @@ def sample(
     if picture:
         write_bytes(out, one_grid(x) if is_image(shape) else point_cloud(x))
     else:
-        write_bytes(out, _arrays(out.suffix.lower(), x, labels))
+        # x (n, ...) float32 and, of a conditional run, labels (n,) int64: `train --dataset` reads it.
+        values = {"x": x} | ({} if labels is None else {"labels": labels})
+        write_bytes(out, arrays(out.suffix.lower(), values))
     if not quiet:
         say(f"{n} samples, network evaluations for each: {nfe:g}. Wrote {out}")
 
 
-def _arrays(suffix: str, x, labels) -> bytes:
-    """The file's bytes: x (n, ...) float32 and, of a conditional run, labels (n,) int64; `train --dataset` reads it."""
-    arrays = {"x": x.contiguous()} | ({} if labels is None else {"labels": labels.contiguous()})
+def arrays(suffix: str, values: dict[str, torch.Tensor]) -> bytes:
+    """The bytes of a file of arrays, .safetensors or .npz."""
+    values = {name: value.contiguous() for name, value in values.items()}
     if suffix == ".safetensors":
         from safetensors.torch import save
 
-        return save(arrays)
+        return save(values)
     import numpy
 
     stream = io.BytesIO()
-    numpy.savez(stream, **{name: value.numpy() for name, value in arrays.items()})
+    numpy.savez(stream, **{name: value.numpy() for name, value in values.items()})
     return stream.getvalue()
