@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,16 +12,19 @@ from torch import nn
 from rfkernels.data import Data
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.objective import Objective, batch_condition
-from rfkernels.training.trainer import device_of
+from rfkernels.training.processes import processes
+from rfkernels.training.trainer import check_processes, device_of
 
 __all__ = [
     "check_call",
+    "check_class_labels",
     "check_coupling",
-    "check_destination",
     "check_label_dropout",
     "check_labels",
     "check_model",
     "check_output",
+    "check_start",
+    "evaluating",
     "is_conditional",
 ]
 
@@ -73,8 +78,27 @@ def check_labels(model: nn.Module, data: Data) -> None:
         )
 
 
-def check_destination(config: TrainConfig, run: object) -> None:
-    """Options that write files need a run folder; TensorBoard must be there before a run begins."""
+def check_class_labels(model: nn.Module, labels: torch.Tensor | None) -> None:
+    """Refuses class labels of pairs that a network does not have; its null label it has. On a GPU
+    such a label would stop the device, long after the run has begun."""
+    null_label = getattr(model, "null_label", None)
+    if labels is None or labels.is_floating_point() or not isinstance(null_label, int):
+        return
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most > null_label:
+        raise ValueError(
+            f"labels: must be from 0 to the network's null label, {null_label}; got "
+            f"{least if least < 0 else most}"
+        )
+
+
+def check_start(name: str, config: TrainConfig, run: object) -> None:
+    """What keeps the public function `name` from training here, whatever the network and the data:
+    options that write files need a run folder, TensorBoard must be there, processes must share a
+    step evenly, and gradients must be possible."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name}: cannot train inside torch.inference_mode()")
+    check_processes(config, processes().count)
     if run is None and (config.sample_every or config.tensorboard):
         name = "sample_every" if config.sample_every else "tensorboard"
         raise ValueError(f"{name}: writes files, so it needs run, a folder; got None")
@@ -105,27 +129,44 @@ def check_label_dropout(
 
 
 def check_output(model: nn.Module, objective: Objective) -> None:
-    """One evaluation on two of an objective's samples; see `check_call`."""
-    batch = {name: value[:2] for name, value in objective.batch(0).items()}
+    """One evaluation on an objective's samples; see `check_call`."""
+    batch = objective.batch(0)
     check_call(model, batch["xt"], batch["t"], batch_condition(batch))
 
 
 def check_call(
-    model: nn.Module, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]
+    model: nn.Module,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    condition: dict[str, torch.Tensor],
+    name: str = "model",
 ) -> None:
-    """One evaluation before anything is written: refuses a network that cannot take the samples."""
-    training = model.training
-    model.eval()
+    """One evaluation before anything is written, of the first two samples: refuses a network that
+    cannot take them."""
+    x, t, condition = x[:2], t[:2], {key: value[:2] for key, value in condition.items()}
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             out = model(x, t, **condition)
-    except (RuntimeError, IndexError, TypeError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         inputs = ", ".join([f"x {tuple(x.shape)}", "t", *condition])
-        raise ValueError(f"model: cannot take the samples ({inputs}): {error}") from error
-    finally:
-        model.train(training)
+        raise ValueError(f"{name}: cannot take the samples ({inputs}): {error}") from error
     if not isinstance(out, torch.Tensor) or out.shape != x.shape:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ValueError(
-            f"model: must return a tensor of the shape of x, {tuple(x.shape)}; got {got}"
+            f"{name}: must return a tensor of the shape of x, {tuple(x.shape)}; got {got}"
         )
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """A network is in evaluation mode inside, and as it was afterwards; what is no network is left
+    alone."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,21 +12,23 @@ from torch import nn
 
 from rfkernels.training.checks import (
     check_call,
-    check_destination,
+    check_class_labels,
     check_label_dropout,
     check_model,
+    check_start,
 )
 from rfkernels.training.config import DistillConfig
 from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
+from rfkernels.training.recipes.options import refuse_named
 from rfkernels.training.recipes.rectified_flow import DistillObjective
-from rfkernels.training.reflow import teacher_pairs
+from rfkernels.training.reflow import pair_source, teacher_pairs
 from rfkernels.training.run_folder import RunFolder
-from rfkernels.training.sources import PairSource
-from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
+from rfkernels.training.teacher import AnyTeacher, check_flow, find_teacher, pair_labels
 from rfkernels.training.train import describe_run, run_trainer
-from rfkernels.training.trainer import RunResult, device_of
+from rfkernels.training.trainer import RunResult
+from rfkernels.training.trial import TRIAL, noise_draw, try_objective
 
 __all__ = ["distill"]
 
@@ -65,6 +68,8 @@ def distill(
     config = DistillConfig() if config is None else config
     if not isinstance(config, DistillConfig):
         raise TypeError(f"config: must be a DistillConfig; got {type(config).__name__}")
+    check_start("distill", config.train, run)
+    refuse_named(distance=config.distance)
     found = find_teacher(teacher, sample_shape)
     if pairs is not None and not isinstance(pairs, PairStore):
         pairs = PairStore(pairs)
@@ -82,15 +87,19 @@ def distill(
             )
         conditional = "y" in pairs.stored(torch.zeros(1, dtype=torch.int64)).condition
     trained = found.student() if student is None else student
-    check_model(trained)
-    check_destination(config.train, run)
+    device = check_model(trained)
     null_label = check_label_dropout(trained, config.train, conditional)
-    _check_student(trained, found, labels if pairs is None else pairs)
+    check_class_labels(trained, labels if pairs is None else pairs.labels)
+    if pairs is None:
+        draw = noise_draw(min(TRIAL, config.pairs), found.sample_shape, labels, device)
+    else:
+        draw = pair_source(pairs, config.train, device).draw(0, min(TRIAL, len(pairs)))
+    check_call(trained, draw.x1, torch.zeros(len(draw.x1), device=device), draw.condition)
+    make = partial(DistillObjective, k=config.k, distance=config.distance, reverse=config.reverse)
+    try_objective("distill", make, trained, draw, config.train, null_label)
     described = {
         "teacher_sha256": model_hash(found.model),
-        "pairs": None
-        if pairs is None
-        else {k: pairs.manifest[k] for k in ("seed", "count", "model_sha256")},
+        "pairs": None if pairs is None else pairs.manifest,
         "conditional": conditional,
         "num_classes": found.num_classes if conditional else None,
     }
@@ -104,20 +113,12 @@ def distill(
             pairs = teacher_pairs(
                 found, config, labels, opened, "distillation pairs", stack, progress
             )
-        source = PairSource(
-            pairs, seed=config.train.seed, holdout=config.train.holdout, device=device_of(trained)
-        )
-        objective = DistillObjective(
-            Setting(source, config.train, null_label),
-            k=config.k,
-            distance=config.distance,
-            reverse=config.reverse,
-        )
+        source = pair_source(pairs, config.train, device)
         return run_trainer(
             "distill",
             "distill",
             trained,
-            objective,
+            make(Setting(source, config.train, null_label)),
             config,
             train=config.train,
             run=opened,
@@ -126,16 +127,3 @@ def distill(
             sample_shape=found.sample_shape,
             described=described,
         )
-
-
-def _check_student(
-    student: nn.Module, teacher: Teacher, source: torch.Tensor | PairStore | None
-) -> None:
-    """One evaluation on the kind of samples that the student will see."""
-    device = device_of(student)
-    if isinstance(source, PairStore):
-        x, _, condition = source.batch(torch.arange(min(2, len(source))), device=device)
-    else:
-        x = torch.zeros(2, *teacher.sample_shape, device=device)
-        condition = {} if source is None else {"y": source[:2].to(device)}
-    check_call(student, x, torch.zeros(len(x), device=device), condition)

@@ -49,15 +49,20 @@ class MixedPairs(PairStore):
             **made.manifest,
             "count": len(made) * share.denominator // kept,
             "x0": "stored",
-            "model_sha256": [made.manifest["model_sha256"], real.manifest["model_sha256"]],
             "real_fraction": [share.numerator, share.denominator],
-            "real_count": len(real),
+            "real": real.manifest,
         }
 
     @property
     def x1(self) -> torch.Tensor:
         """Every x1, (len, *sample_shape), in the order of the rows."""
         return self.stored(torch.arange(len(self))).x1
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """The condition y of the pairs of both stores; None without it."""
+        made, real = self._made.labels, self._real.labels
+        return None if made is None else torch.cat([made, real.to(made.dtype)])
 
     def stored(self, indices: torch.Tensor) -> StoredPairs:
         """The rows of these positions, int64 (B,), their noise drawn where it is not stored."""

@@ -137,6 +137,13 @@ class PairStore:
             else self._shards[0]["x1"]
         )
 
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """The condition y of every pair, (len, ...); None without it."""
+        if "condition.y" not in self._shards[0]:
+            return None
+        return torch.cat([s["condition.y"] for s in self._shards])
+
     def stored(self, indices: torch.Tensor) -> StoredPairs:
         """The rows of these pairs, int64 (B,), without drawing their noise."""
         if len(self._shards) == 1:

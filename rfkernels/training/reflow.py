@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from rfkernels.ops.random import derive_seed
-from rfkernels.training.checks import check_destination, check_label_dropout
-from rfkernels.training.config import DistillConfig, ReflowConfig
+from rfkernels.training.checks import check_label_dropout, check_start
+from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig
 from rfkernels.training.make_pairs import make_pairs, model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
@@ -60,11 +60,11 @@ def reflow(
     config = ReflowConfig() if config is None else config
     if not isinstance(config, ReflowConfig):
         raise TypeError(f"config: must be a ReflowConfig; got {type(config).__name__}")
+    check_start("reflow", config.train, run)
     found = find_teacher(teacher, sample_shape)
     labels = pair_labels(found, labels, config.pairs)
     check_flow(found, labels, config)
     check_label_dropout(found.model, config.train, labels is not None)
-    check_destination(config.train, run)
     if config.rounds == 1:
         return _round(found, config, 1, labels, run, resume, progress)
     with ExitStack() as stack:
@@ -112,9 +112,7 @@ def _round(
             stack.callback(opened.close)
         pairs = teacher_pairs(teacher, config, labels, opened, f"pairs {number}", stack, progress)
         student = teacher.student()
-        source = PairSource(
-            pairs, seed=config.train.seed, holdout=config.train.holdout, device=device_of(student)
-        )
+        source = pair_source(pairs, config.train, device_of(student))
         null_label = getattr(student, "null_label", None)
         return run_trainer(
             "reflow",
@@ -129,6 +127,11 @@ def _round(
             sample_shape=teacher.sample_shape,
             described=described,
         )
+
+
+def pair_source(pairs: PairStore, train: TrainConfig, device: torch.device) -> PairSource:
+    """The samples of a run on pairs."""
+    return PairSource(pairs, seed=train.seed, holdout=train.holdout, device=device)
 
 
 def teacher_pairs(

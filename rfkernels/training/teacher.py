@@ -12,6 +12,7 @@ from torch import nn
 
 from rfkernels.ops.random import randn
 from rfkernels.sampling import sample
+from rfkernels.training.checks import check_class_labels
 from rfkernels.training.config import DistillConfig, ReflowConfig
 from rfkernels.training.load import LoadedRun, load
 from rfkernels.training.trainer import RunResult, device_of
@@ -100,6 +101,7 @@ def pair_labels(teacher: Teacher, labels: torch.Tensor | None, count: int) -> to
             raise ValueError(
                 f"labels: must have one row per pair, {count}; got {tuple(labels.shape)}"
             )
+        check_class_labels(teacher.model, labels)
         return labels
     if teacher.num_classes is not None:
         return torch.arange(count) % teacher.num_classes

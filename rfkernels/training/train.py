@@ -13,11 +13,11 @@ import rfkernels.models as models
 from rfkernels.data import Data, as_dataset
 from rfkernels.training.checks import (
     check_coupling,
-    check_destination,
     check_label_dropout,
     check_labels,
     check_model,
     check_output,
+    check_start,
     is_conditional,
 )
 from rfkernels.training.config import TrainConfig
@@ -72,11 +72,11 @@ def train_flow(
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config: must be a TrainConfig; got {type(config).__name__}")
+    check_start("train_flow", config, run)
     data = as_dataset(data)
     source_data = None if x0 is None else as_dataset(x0)
     device = check_model(model)
     check_coupling(config, data, source_data)
-    check_destination(config, run)
     conditional = is_conditional(model, data, config)
     if conditional:
         check_labels(model, data)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,23 +13,25 @@ from torch import nn
 from rfkernels.data import Data, as_dataset
 from rfkernels.training.checks import (
     check_call,
+    check_class_labels,
     check_coupling,
-    check_destination,
     check_label_dropout,
     check_labels,
     check_model,
+    check_start,
     is_conditional,
 )
 from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.recipes import PairRecipe, Recipe
-from rfkernels.training.reflow import teacher_pairs
+from rfkernels.training.reflow import pair_source, teacher_pairs
 from rfkernels.training.run_folder import RunFolder
-from rfkernels.training.sources import DataSource, PairSource
+from rfkernels.training.sources import DataSource, Draw
 from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
 from rfkernels.training.train import Samples, describe_data, describe_run, run_trainer
 from rfkernels.training.trainer import RunResult, device_of
+from rfkernels.training.trial import TRIAL, noise_draw, try_objective
 
 __all__ = ["train_recipe"]
 
@@ -75,6 +76,7 @@ def train_recipe(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: must be a Recipe object; got {type(recipe).__name__}")
     name, on_pairs = recipe.name, isinstance(recipe, PairRecipe)
+    check_start(name, recipe.train, run)
     _check_given(recipe, on_pairs, model, data, teacher, pairs, x0, labels)
     dataset = None if data is None else as_dataset(data)
     found = None
@@ -83,7 +85,6 @@ def train_recipe(
     trained = found.student() if model is None else model
     device = check_model(trained)
     recipe.check_network(trained)
-    check_destination(recipe.train, run)
     if found is not None:
         found.model.to(device)
     plan = _on_pairs if on_pairs else _on_data
@@ -153,16 +154,23 @@ def _on_data(
         conditional=conditional,
         device=device,
     )
-    draw = source.draw(0, 2)
-    _probe(recipe, model, draw.x1, draw.condition)
+    draw = source.draw(0, min(TRIAL, train.batch_size))
+    _probe(recipe, model, draw)
+    frozen = None if teacher is None else teacher.model
+    if recipe.teacher == "required":
+        zero = torch.zeros(len(draw.x1), device=device)
+        if conditional:
+            check_labels(frozen, data)
+        check_call(frozen, draw.x1, zero, draw.condition, "teacher")
+    try_objective(name, recipe.objective, model, draw, train, null_label, frozen)
     described = {
         "data": describe_data(data),
         "source": None if source_data is None else describe_data(source_data),
-        "teacher_sha256": None if teacher is None else model_hash(teacher.model),
+        "teacher_sha256": None if frozen is None else model_hash(frozen),
         "conditional": conditional,
         "num_classes": getattr(data, "num_classes", None) if conditional else None,
     }
-    setting = Setting(source, train, null_label, None if teacher is None else teacher.model)
+    setting = Setting(source, train, null_label, frozen)
     return run_trainer(
         name,
         name,
@@ -195,7 +203,7 @@ def _on_pairs(
     if pairs is None:
         labels = pair_labels(teacher, labels, recipe.pairs)
         check_flow(teacher, labels, recipe)
-        condition = {} if labels is None else {"y": labels[:2].to(device)}
+        draw = noise_draw(min(TRIAL, recipe.pairs), teacher.sample_shape, labels, device)
     else:
         pairs = pairs if isinstance(pairs, PairStore) else PairStore(pairs)
         if pairs.sample_shape != teacher.sample_shape:
@@ -203,17 +211,15 @@ def _on_pairs(
                 f"pairs: must be of the teacher's shape, {teacher.sample_shape}; got "
                 f"{pairs.sample_shape}"
             )
-        first = pairs.stored(torch.arange(min(2, len(pairs)))).condition
-        condition = {key: value.to(device) for key, value in first.items()}
-    conditional = "y" in condition
+        draw = pair_source(pairs, train, device).draw(0, min(TRIAL, len(pairs)))
+    conditional = "y" in draw.condition
     null_label = check_label_dropout(model, train, conditional)
-    count = len(condition["y"]) if conditional else 2
-    _probe(recipe, model, torch.zeros(count, *teacher.sample_shape, device=device), condition)
+    check_class_labels(model, labels if pairs is None else pairs.labels)
+    _probe(recipe, model, draw)
+    try_objective(name, recipe.objective, model, draw, train, null_label, teacher.model)
     described = {
         "teacher_sha256": model_hash(teacher.model),
-        "pairs": None
-        if pairs is None
-        else {key: pairs.manifest[key] for key in ("seed", "count", "model_sha256")},
+        "pairs": None if pairs is None else pairs.manifest,
         "conditional": conditional,
         "num_classes": teacher.num_classes if conditional else None,
     }
@@ -225,8 +231,7 @@ def _on_pairs(
             stack.callback(opened.close)
         if pairs is None:
             pairs = teacher_pairs(teacher, recipe, labels, opened, "pairs 1", stack, progress)
-        source = PairSource(pairs, seed=train.seed, holdout=train.holdout, device=device)
-        setting = Setting(source, train, null_label, teacher.model)
+        setting = Setting(pair_source(pairs, train, device), train, null_label, teacher.model)
         return run_trainer(
             name,
             name,
@@ -242,7 +247,7 @@ def _on_pairs(
         )
 
 
-def _probe(recipe: Recipe, model: nn.Module, x: torch.Tensor, condition: dict[str, Any]) -> None:
+def _probe(recipe: Recipe, model: nn.Module, draw: Draw) -> None:
     """One evaluation before anything is written."""
-    t = torch.zeros(len(x), device=x.device)
-    check_call(model, x, t, {**condition, **recipe.probe(x, t)})
+    t = torch.zeros(len(draw.x1), device=draw.x1.device)
+    check_call(model, draw.x1, t, {**draw.condition, **recipe.probe(draw.x1, t)})

@@ -30,7 +30,7 @@ from rfkernels.training.progress import Bar
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.schedule import learning_rate
 
-__all__ = ["RunResult", "Trainer", "TrainingDivergedError"]
+__all__ = ["RunResult", "Trainer", "TrainingDivergedError", "check_processes", "device_of"]
 
 
 _log = logging.getLogger("rfkernels")
@@ -98,7 +98,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.device = device_of(self.model)
         self._here = processes()
-        _check_processes(self.config, self._here.count)
+        check_processes(self.config, self._here.count)
         # One process's dropout says nothing of another's samples.
         purpose = f"dropout {self._here.rank}" if self._here.rank else "dropout"
         self._dropout_seed = derive_seed(self.config.seed, purpose)
@@ -111,11 +111,8 @@ class Trainer:
         Raises:
             TrainingDivergedError: the loss is not finite.
             KeyboardInterrupt: Ctrl-C; the run's state has been saved.
-            RuntimeError: called inside torch.inference_mode().
         """
         config = self.config
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(f"{self.name}: cannot train inside torch.inference_mode()")
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             if config.num_threads is not None:
@@ -229,7 +226,8 @@ class Trainer:
     def _held_out_loss(self) -> float:
         """The EMA network's loss on the held-out samples."""
         count = len(self._held["t"])
-        size = self.config.batch_size // self.config.accumulate
+        # As many at a time as a micro-batch has, so that what trains also fits here.
+        size = self.config.batch_size // (self.config.accumulate * self._here.count)
         total = torch.zeros((), device=self.device)
         for first in range(0, count, size):
             part = {name: value[first : first + size] for name, value in self._held.items()}
@@ -325,7 +323,8 @@ class Trainer:
         )
 
 
-def _check_processes(config: TrainConfig, count: int) -> None:
+def check_processes(config: TrainConfig, count: int) -> None:
+    """Refuses steps and pictures that `count` processes cannot share."""
     if count > 1 and config.batch_size % (count * config.accumulate):
         raise ValueError(
             f"batch_size: must be a multiple of processes * accumulate, {count} * "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rfkernels.training.checks import evaluating
 from rfkernels.training.files import tensors_sha256, write_json, write_tensors
 from rfkernels.training.pairs import (
     FORMAT,
@@ -86,7 +86,7 @@ def write_pairs(
     here = processes()
     with (
         Bar("pairs", manifest["count"], show=progress and here.rank == 0) as bar,
-        _evaluating(velocity),
+        evaluating(velocity),
         torch.no_grad(),
     ):
         todo = _unfinished(name, folder, manifest, bar)
@@ -105,20 +105,6 @@ def write_pairs(
                 ) from None
     barrier()
     return PairStore(folder)
-
-
-@contextmanager
-def _evaluating(velocity: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """A network is in evaluation mode inside, and as it was afterwards."""
-    if not isinstance(velocity, nn.Module):
-        yield
-        return
-    training = velocity.training
-    velocity.eval()
-    try:
-        yield
-    finally:
-        velocity.train(training)
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:

@@ -102,6 +102,12 @@ class RectifiedDiffusionPhasedObjective(DiffusionObjective):
             f"must divide the steps of the teacher's schedule, {total}",
             recipe.grid_steps,
         )
+        require(
+            recipe.segments < total,
+            "segments",
+            f"must be fewer than the steps of the teacher's schedule, {total}",
+            recipe.segments,
+        )
         refuse_unguidable(setting, recipe.guidance_scale)
         self._recipe, self._length = recipe, total // recipe.segments
 
