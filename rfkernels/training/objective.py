@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -126,6 +127,17 @@ class SourceObjective(Objective):
             device=self.source.device,
         )
         return drawn[self._share]
+
+    def chosen(self, step: int, fraction: float) -> torch.Tensor:
+        """Which of this process's samples belong to a fraction of the run's, (b,) bool.
+
+        They are spread evenly over all positions of the run: every part of a step, of another
+        process or of a micro-batch, has its share; of steps too small for one, every so many has.
+        """
+        share, size = Fraction(fraction).limit_denominator(10**6), self.train.batch_size
+        places = torch.arange(step * size, (step + 1) * size + 1, device=self.source.device)
+        before = places * share.numerator // share.denominator
+        return (before[1:] > before[:-1])[self._share]
 
     def fresh_noise(self, draw: Draw, step: int, purpose: str) -> torch.Tensor:
         """Standard normal numbers like x1 that no other purpose, step or sample shares."""

@@ -25,7 +25,7 @@ from rfkernels.training.objective import (
     per_sample,
 )
 from rfkernels.training.option_checks import number, require
-from rfkernels.training.recipes.meanflow import check_own_loss, exact_network, spread
+from rfkernels.training.recipes.meanflow import check_own_loss, exact_network
 from rfkernels.training.recipes.recipe import Recipe
 
 __all__ = ["LagrangianSelfDistillation", "SplitMeanFlow"]
@@ -59,7 +59,7 @@ class LagrangianSelfDistillation(_FlowMapMatching):
     it needs no derivative in x. Sample with solver "flow-map".
 
     Attributes:
-        span_fraction: fraction of a step's samples off the diagonal, spread evenly over the step.
+        span_fraction: fraction of the samples off the diagonal, spread evenly over steps.
 
     Published: 25 % off the diagonal. The learnt weights of the losses of the published code are
     left out. train's time distribution is that of both times. The held-out loss is that of the
@@ -84,7 +84,7 @@ class SplitMeanFlow(_FlowMapMatching):
     Sample with solver "flow-map".
 
     Attributes:
-        span_fraction: fraction of a step's samples off the diagonal, spread evenly over the step.
+        span_fraction: fraction of the samples off the diagonal, spread evenly over steps.
             Users of the published code found that above a fifth the network can fall to a trivial
             solution.
 
@@ -104,13 +104,13 @@ class _FlowMapObjective(SourceObjective):
 
     def __init__(self, setting: Setting, recipe: _FlowMapMatching) -> None:
         super().__init__(setting)
-        self._averages = spread(recipe.span_fraction, self.train.batch_size)[self._share]
+        self._fraction = recipe.span_fraction
 
     def batch(self, step: int) -> Batch:
         one = self.scaled(self.times(step, purpose="first time"))
         two = self.scaled(self.times(step, purpose="second time"))
         # On the diagonal the first time alone, so that it has the whole distribution.
-        averages = self._averages.to(one.device)
+        averages = self.chosen(step, self._fraction)
         batch = self.state(self.draw(step), torch.where(averages, torch.minimum(one, two), one))
         batch["span"] = (one - two).abs() * averages
         return batch

@@ -42,8 +42,8 @@ class MeanFlowOptions:
     """What the recipes of this family share.
 
     Attributes:
-        span_fraction: fraction of a step's samples that learn an average, h > 0; the others learn
-            the velocity, h = 0. They are spread evenly over the step, exactly so many.
+        span_fraction: fraction of the samples that learn an average, h > 0, spread evenly over
+            steps; the others learn the velocity, h = 0.
         weight_power, weight_floor: p and c of the loss, the mean of e / stop_gradient(e + c)^p with
             e the squared error summed over a sample; p = 0 is that error itself.
         target_guidance_scale, target_guidance_mix: w and k of classifier-free guidance inside the
@@ -159,7 +159,6 @@ class MeanFlowObjective(SourceObjective):
     def __init__(self, setting: Setting, recipe: MeanFlowOptions) -> None:
         super().__init__(setting)
         self._recipe = recipe
-        self._averages = spread(recipe.span_fraction, self.train.batch_size)[self._share]
         if recipe.guided:
             conditional = "y" in self.source.draw(0, 1).condition
             require(
@@ -179,7 +178,7 @@ class MeanFlowObjective(SourceObjective):
     def batch(self, step: int) -> Batch:
         t, span = self.intervals(step)
         batch = self.state(self.draw(step), t)
-        batch["span"] = span * self._averages.to(span)
+        batch["span"] = span * self.chosen(step, self._recipe.span_fraction)
         if self.guides(step):
             y = batch["condition.y"]
             batch["dropped"] = (y == self.setting.null_label).reshape(len(y), -1).all(1)
@@ -296,10 +295,3 @@ def adaptive_loss(
     error = flow_loss(prediction, target, reduction="none") * size
     scale = (error.detach() + floor).pow(-power)
     return (error * (scale if weight is None else scale * weight)).mean()
-
-
-def spread(fraction: float, count: int) -> torch.Tensor:
-    """(count,) bool with fraction * count of them true, evenly spread: every part of a step, of
-    another process or of a micro-batch, has its share."""
-    edges = torch.floor(torch.arange(count + 1, dtype=torch.float64) * fraction + 1e-9)
-    return edges[1:] > edges[:-1]

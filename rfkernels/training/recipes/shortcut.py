@@ -18,7 +18,7 @@ from rfkernels.training.objective import (
     spread_times,
 )
 from rfkernels.training.option_checks import number, require, whole
-from rfkernels.training.recipes.meanflow import check_own_loss, spread
+from rfkernels.training.recipes.meanflow import check_own_loss
 from rfkernels.training.recipes.recipe import Recipe
 
 __all__ = ["Shortcut", "ShortcutObjective"]
@@ -41,8 +41,8 @@ class Shortcut(Recipe):
 
     Attributes:
         finest: M, a power of two.
-        bootstrap_fraction: fraction of a step's samples that learn from their own steps, spread
-            evenly over the step.
+        bootstrap_fraction: fraction of the samples that learn from the network's own steps, spread
+            evenly over steps.
         clip: bound of states and targets; the data is expected in [-1, 1] or of unit variance.
         target_guidance_scale: classifier-free guidance of b1 and b2 where d/2 = 1/M, from where it
             spreads to the larger steps, so that sampling needs no second call; 1 for none. The
@@ -93,7 +93,6 @@ class ShortcutObjective(SourceObjective):
     def __init__(self, setting: Setting, recipe: Shortcut) -> None:
         super().__init__(setting)
         self._recipe = recipe
-        self._bootstraps = spread(recipe.bootstrap_fraction, self.train.batch_size)[self._share]
         self._guided = recipe.target_guidance_scale != 1.0
         if self._guided:
             conditional = "y" in self.source.draw(0, 1).condition
@@ -110,7 +109,8 @@ class ShortcutObjective(SourceObjective):
     def batch(self, step: int) -> Batch:
         sizes = self._recipe.finest.bit_length() - 1  # log2 M: d = 1, ..., 2/M
         power = (self.uniform("step size", step) * sizes).floor().clamp_(max=sizes - 1)
-        power = torch.where(self._bootstraps.to(power.device), power, float(sizes))
+        learns = self.chosen(step, self._recipe.bootstrap_fraction)
+        power = torch.where(learns, power, float(sizes))
         count = torch.exp2(power)  # steps of size d from 0 to 1; exact, as is all that follows
         place = (self.uniform("time", step) * count).floor()
         batch = self.state(self.draw(step), place / count)

@@ -15,8 +15,9 @@ from rfkernels.data import toy
 from rfkernels.flow import LogitNormal
 from rfkernels.training import TrainConfig, train_recipe
 from rfkernels.training.objective import Setting
+from rfkernels.training.processes import Processes
 from rfkernels.training.recipes import ImprovedMeanFlow, MeanFlow
-from rfkernels.training.recipes.meanflow import adaptive_loss, derivative_along, spread
+from rfkernels.training.recipes.meanflow import adaptive_loss, derivative_along
 
 # Raised inside torch the first time it differentiates forward.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
@@ -181,12 +182,36 @@ def test_the_weight_is_that_of_the_squared_error_of_a_sample():
         assert loss.item() == pytest.approx((5 / 5.01**power + 0.0) / 2)
 
 
+def chosen(fraction, size, steps, processes=1):
+    """Which samples of the first steps are among the fraction, a row a step, of all processes."""
+    train = TrainConfig(steps=steps, batch_size=size)
+    found = [
+        MeanFlow(train=train)
+        .objective(Setting(Table(size * steps), train, processes=Processes(rank, processes)))
+        .chosen(step, fraction)
+        for step in range(steps)
+        for rank in range(processes)
+    ]
+    return torch.cat(found).reshape(steps, size)
+
+
 def test_averages_are_spread_evenly():
-    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0, 1 / 3):
-        mask = spread(fraction, 120)
-        assert mask.sum() == round(120 * fraction)
-        for part in mask.chunk(4):  # a process's or a micro-batch's share
-            assert part.sum() == round(30 * fraction) or abs(part.sum() - 30 * fraction) < 1
+    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0, 1 / 3, 0.1):
+        mask = chosen(fraction, 120, 2)
+        assert torch.equal(mask, chosen(fraction, 120, 2, processes=4))
+        for row in mask:
+            assert row.sum() == round(120 * fraction)
+            for part in row.chunk(4):  # a process's or a micro-batch's share
+                assert abs(part.sum() - 30 * fraction) < 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_steps_of_few_samples_have_averages_too(size):
+    """A quarter of three samples is less than one: every so many steps has it."""
+    mask = chosen(0.25, size, 40)
+    assert mask.sum() == 10 * size
+    for first in range(0, 40, 4):
+        assert mask[first : first + 4].sum() == size
 
 
 def test_processes_and_micro_batches_without_averages_still_run():
