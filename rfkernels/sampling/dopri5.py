@@ -85,6 +85,7 @@ class Dopri5:
 
     name: ClassVar[str] = "dopri5"
     adaptive: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False
     rtol: float = 1e-5
     atol: float = 1e-5
     max_steps: int = 10_000

@@ -200,8 +200,8 @@ class Field:
         scale, seed, offset = (None, None, 0) if noise is None else noise
         moved = linear_step(
             x,
-            [tensor for _, tensor in parts],
-            [coefficient for coefficient, _ in parts],
+            tuple(tensor for _, tensor in parts),
+            tuple(coefficient for coefficient, _ in parts),
             x_coefficient=x_coefficient,
             noise_scale=scale,
             seed=seed,
@@ -269,7 +269,7 @@ class Field:
         return Evaluation(self._sum(x, self._parts(evaluation)))
 
     def _sum(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
-        tensors, shares = [v for _, v in parts], [share for share, _ in parts]
+        shares, tensors = zip(*parts, strict=True)
         return linear_step(x, tensors, shares, x_coefficient=0.0)
 
     def _whole(self, x: Tensor, times: Tensor) -> Tensor:

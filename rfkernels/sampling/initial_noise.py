@@ -41,6 +41,7 @@ class InitialNoise:
 
     name: ClassVar[str] = "rf++"
     adaptive: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
     per_step: ClassVar[int] = 1
     besides: ClassVar[int] = 0
 
