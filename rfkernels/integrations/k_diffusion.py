@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import rfkernels as rf
-from rfkernels.integrations.diffusers.schedulers import multistep_rules as rules
+from rfkernels.sampling import multistep as rules
 
 Model = Callable[..., torch.Tensor]
 Callback = Callable[[dict[str, Any]], None]

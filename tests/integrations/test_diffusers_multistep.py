@@ -16,7 +16,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.integrations import diffusers as rfd
-from rfkernels.integrations.diffusers.schedulers import multistep_rules as rules
+from rfkernels.sampling import multistep as rules
 
 # diffusers' own DPM-Solver++ on NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

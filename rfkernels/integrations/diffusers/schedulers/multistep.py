@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from rfkernels.integrations.diffusers.schedulers import multistep_rules as rules
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
 from rfkernels.integrations.diffusers.schedulers.config import FLOW_MATCH, solver
+from rfkernels.sampling import multistep as rules
 
 AB2, DPM, UNIPC = ALGORITHMS = ("ab2", "dpm++", "unipc")
 _KINDS = {AB2: (None,), DPM: ("midpoint", "heun"), UNIPC: ("bh2", "bh1")}
