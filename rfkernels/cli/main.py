@@ -21,6 +21,7 @@ from rfkernels.cli.compare import compare
 from rfkernels.cli.demo import demo
 from rfkernels.cli.distill import distill
 from rfkernels.cli.doctor import doctor
+from rfkernels.cli.edit import edit
 from rfkernels.cli.eval import evaluate
 from rfkernels.cli.invert import invert
 from rfkernels.cli.reflow import reflow
@@ -86,6 +87,7 @@ for _name, _function in (
     ("distill", distill),
     ("sample", sample),
     ("invert", invert),
+    ("edit", edit),
     ("eval", evaluate),
     ("compare", compare),
     ("bench", bench),

@@ -1,0 +1,200 @@
+"""`rfkernels edit`: turn images of one class into another by a conditional run's flow."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rfkernels.cli.options import Device, choose_device, parse_settings
+from rfkernels.cli.output import check_file, say, write_bytes
+
+if TYPE_CHECKING:
+    from rfkernels.data.dataset import Data
+    from rfkernels.editing import Method
+
+
+def edit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a conditional run.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--in",
+            metavar="IMAGES",
+            help="A .png or .jpg image, a folder of them, an .npz or .safetensors file with the array "
+            "x, or a data set.",
+        ),
+    ],
+    target_label: Annotated[int, typer.Option(help="The class to edit to.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="A .png picture, or .npz / .safetensors with the array x."
+        ),
+    ],
+    source_label: Annotated[
+        int | None,
+        typer.Option(help="The class of all images.", show_default="their own labels"),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="flowedit, rf-inversion, uniedit, rf-edit or fireflow.")
+    ] = "flowedit",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="An option of the method, e.g. --set n_max=20"
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 28,
+    shift: Annotated[
+        float | None,
+        typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
+    ] = None,
+    source_guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale of the source's class.")
+    ] = None,
+    target_guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale of the target's class.")
+    ] = None,
+    share: Annotated[
+        int,
+        typer.Option(
+            help="Steps that share attention features, for rf-edit and fireflow with a DiT."
+        ),
+    ] = 0,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", "-n", help="The first so many images.", show_default="all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise that some methods draw.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images computed at a time.")] = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.")] = False,
+) -> None:
+    """Edit images into another class without training.
+
+    A .png shows every image beside its edit; a file of arrays holds the edits x (n, ...), their labels
+    and source (n, ...).
+
+    [bold]Examples[/]
+
+      rfkernels edit runs/digits --in digits --n 32 --target-label 8 --out eights.png
+
+      rfkernels edit runs/faces --in me.png --source-label 0 --target-label 1 --method uniedit --out edit.png
+
+      rfkernels edit runs/digits --in x.safetensors --target-label 3 --set n_max=20 --target-guidance 2 --out threes.npz
+    """
+    import torch
+
+    from rfkernels.cli.pictures import is_image, one_grid, require_pictures
+    from rfkernels.cli.sample import arrays
+    from rfkernels.editing import Features
+    from rfkernels.editing import edit as edit_samples
+    from rfkernels.metrics.drawer import Drawer
+    from rfkernels.ops.random import derive_seed
+    from rfkernels.training import load
+
+    for name, value in (("n", n), ("batch", batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: must be at least 1; got {value}")
+    if seed < 0:
+        raise ValueError(f"seed: must not be negative; got {seed}")
+    check_file("out", out, (".png", ".safetensors", ".npz"), force=force)
+    editor = _method(method, options)
+    device = choose_device(device)
+    loaded = load(run, device=device)
+    if loaded.num_classes is None:
+        raise ValueError("run: must be one trained with --conditional, on labels; got one without")
+    # Both classes and both scales have to be such as the run knows.
+    drawer = Drawer(loaded, guidance=target_guidance, label=target_label)
+    Drawer(loaded, guidance=source_guidance, label=source_label)
+    picture = out.suffix.lower() == ".png"
+    if picture:
+        if not is_image(drawer.sample_shape):
+            raise ValueError(
+                f"out: samples of the shape {drawer.sample_shape} are no pictures; "
+                "give an .npz or .safetensors file"
+            )
+        require_pictures()
+    data = _open(source, drawer.sample_shape)
+    if data.size is None and n is None:
+        raise ValueError(f"n: must be given for {source}, which has no end; got None")
+    index = torch.arange(data.size if n is None else min(n, data.size or n))
+    if source_label is None and not data.has_labels:
+        raise ValueError("source-label: must be given for images without labels; got None")
+    key = derive_seed(seed, "edit") // 2
+    found: dict[str, list[torch.Tensor]] = {"x": [], "labels": [], "source": []}
+    nfe = size = 0
+    for rows in index.split(batch):
+        read = data.rows(rows)
+        labels = read.labels if source_label is None else torch.full_like(rows, source_label)
+        result = edit_samples(
+            drawer.velocity,
+            read.x.to(device),
+            source={"y": labels.to(device)},
+            target={"y": drawer.labels(rows).to(device)},
+            method=editor,
+            steps=steps,
+            grid=shift,
+            source_guidance_scale=source_guidance,
+            target_guidance_scale=target_guidance,
+            uncondition={},
+            features=Features(share) if share else None,
+            # A key of its own for every image, so that the batch does not matter.
+            seed=rows.to(device) + key,
+            progress=not quiet and len(index) > batch // 2,
+        )
+        nfe, size = result.nfe, max(size, result.bank_bytes)
+        found["x"].append(result.x.cpu())
+        found["labels"].append(drawer.labels(rows))
+        found["source"].append(read.x)
+    values = {name: torch.cat(parts) for name, parts in found.items()}
+    if picture:
+        beside = torch.stack((values["source"], values["x"]), 1).flatten(0, 1)
+        write_bytes(out, one_grid(beside, columns=2 * max(1, round((len(index) / 2) ** 0.5))))
+    else:
+        write_bytes(out, arrays(out.suffix.lower(), values))
+    if not quiet:
+        kept = f" Features kept: {size / 1e6:.1f} MB." if share else ""
+        say(f"{len(index)} images, network evaluations for each: {nfe}.{kept} Wrote {out}")
+
+
+def _method(name: str, options: list[str] | None) -> Method:
+    """The method of that name with its NAME=VALUE options."""
+    from rfkernels.editing import METHODS
+
+    if name not in METHODS:
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}; got {name!r}")
+    known = [option.name for option in dataclasses.fields(METHODS[name])]
+    given: dict[str, Any] = parse_settings("set", options)
+    for option in given:
+        if option not in known:
+            raise ValueError(f"set: {name} has the options {', '.join(known)}; got {option!r}")
+    return METHODS[name](**given)
+
+
+def _open(source: str, shape: tuple[int, ...]) -> Data:
+    """The images, in the shape that the run takes."""
+    import torch
+
+    from rfkernels.data import as_dataset, load_dataset
+    from rfkernels.data.decode import decode_image
+
+    path = Path(source)
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file():
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise ValueError(f"in: an image needs a run of square images; this one has {shape}")
+        pixels = decode_image(path, source, image_size=shape[-1], channels=shape[0])
+        data = as_dataset(torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1)
+    else:
+        images = path.is_dir() and len(shape) == 3
+        size = {"image_size": shape[-1], "channels": shape[0]} if images else {}
+        data = as_dataset(load_dataset(source, **size))
+    if tuple(data.sample_shape) != tuple(shape):
+        raise ValueError(
+            f"in: samples must have the run's shape, {shape}; got {tuple(data.sample_shape)}"
+        )
+    return data
