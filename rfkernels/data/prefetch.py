@@ -63,6 +63,7 @@ class Prefetch:
         self.data, self.workers, self.ahead, self.timeout = data, workers, ahead, timeout
         self.name, self.size, self.sample_shape = data.name, data.size, data.sample_shape
         self.has_labels, self.num_classes = data.has_labels, getattr(data, "num_classes", None)
+        self.mirror = getattr(data, "mirror", False)  # whether `order` gives mirrored variants
         self._pool: Executor
         self._read: Callable[[torch.Tensor], _Arrays]
         if kind == "thread":

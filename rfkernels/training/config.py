@@ -60,7 +60,7 @@ class TrainConfig:
             within its own part of a step; "ot-global": over the whole step); "given" (row i of x0
             with row i of x1).
         conditional: whether labels reach the network as `y`; None: when the data has labels and the
-            network a `null_label`.
+            network a `null_label`. None for runs on pairs, which have what they were made with.
         label_dropout: probability of replacing a sample's label by the network's `null_label`.
         holdout: fraction of the data held out for `holdout_loss`.
         holdout_every: steps between measurements of it.
@@ -69,7 +69,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: how many of them stay.
         sample_every: steps between sample pictures; 0 for none.
-        sample_steps: Euler steps of these.
+        sample_steps: steps of these, by the solver that the run is made for.
         tensorboard: also write TensorBoard events to the run folder; None: when tensorboard is
             installed.
         parallel: how several processes (torchrun, accelerate) share the network: "ddp", each has it
@@ -257,6 +257,12 @@ def check_pair_options(config: Any) -> None:
         "pairs are the coupling here",
         config.train.coupling,
     )
+    require(
+        config.train.conditional is None,
+        "train.conditional",
+        "pairs have the condition they were made with",
+        config.train.conditional,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +324,12 @@ class DistillConfig:
         if not isinstance(self.reverse, bool):
             raise TypeError(f"reverse: must be true or false; got {self.reverse!r}")
         check_pair_options(self)
+        require(
+            not (self.reverse and self.train.sample_every),
+            "train.sample_every",
+            "a student of the way back makes no samples",
+            self.train.sample_every,
+        )
         if not callable(self.distance) and not isinstance(self.distance, OwnObject):
             require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
         require(

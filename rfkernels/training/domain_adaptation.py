@@ -38,7 +38,13 @@ class FeatureAdapter:
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """(B, D) features of the new domain, as the classifier's last layer wants them."""
-        return sample(self.velocity, features / self.scale, steps=self.steps) * self.scale
+        weight = (
+            next(self.velocity.parameters(), None) if isinstance(self.velocity, nn.Module) else None
+        )
+        start = features / self.scale
+        if weight is not None:  # features of another precision are its caller's affair
+            start = start.to(weight.dtype)
+        return (sample(self.velocity, start, steps=self.steps) * self.scale).to(features.dtype)
 
 
 def adapt_features(

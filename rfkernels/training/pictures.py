@@ -12,6 +12,7 @@ from rfkernels.ops.random import derive_seed, randn
 from rfkernels.sampling import sample
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.files import write_tensors
+from rfkernels.training.sources import Source
 
 __all__ = ["Pictures", "image_grid"]
 
@@ -19,7 +20,18 @@ COUNT = 64
 
 
 class Pictures:
-    """Writes `folder`/step-N.safetensors (and .png for images) from 64 noises that never change."""
+    """Writes `folder`/step-N.safetensors (and .png for images) from 64 starts that never change.
+
+    Args:
+        folder: where they go.
+        sample_shape: shape of one sample.
+        config: seed and steps.
+        solver: what the run is sampled with.
+        source: where the run's samples come from: the starts of a flow between data sets, and
+            condition vectors, are its held-out ones, or its first where none are held out.
+        num_classes: labels are these in turn; None for a run without.
+        device: where to compute.
+    """
 
     def __init__(
         self,
@@ -28,22 +40,30 @@ class Pictures:
         config: TrainConfig,
         *,
         solver: str,
+        source: Source | None,
         num_classes: int | None,
         device: torch.device,
     ) -> None:
         self._folder, self._steps, self._solver = folder, config.sample_steps, solver
-        self._noise = randn(
-            COUNT, *sample_shape, seed=derive_seed(config.seed, "samples"), device=device
-        )
-        self._condition = {}
+        shown = None if source is None else source.held_out() or source.draw(0, COUNT)
+        if shown is not None and shown.x0 is not None:
+            self._start = shown.x0[:COUNT]
+        else:
+            seed = derive_seed(config.seed, "samples")
+            self._start = randn(COUNT, *sample_shape, seed=seed, device=device)
+        count, self._condition = len(self._start), {}
         if num_classes is not None:
-            self._condition["y"] = torch.arange(COUNT, device=device) % num_classes
+            self._condition["y"] = torch.arange(count, device=device) % num_classes
+        elif shown is not None and shown.condition:
+            count = min(count, len(shown.x1))
+            self._start = self._start[:count]
+            self._condition = {name: value[:count] for name, value in shown.condition.items()}
 
     @torch.no_grad()
     def __call__(self, velocity: nn.Module, step: int) -> None:
         x = sample(
             velocity,
-            self._noise,
+            self._start,
             steps=self._steps,
             solver=self._solver,
             condition=self._condition,

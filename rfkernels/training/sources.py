@@ -122,12 +122,12 @@ class DataSource:
                 else _Order(
                     self._from.size,
                     derive_seed(seed, "shuffle source"),
-                    first=2**61,
+                    first=_APART,
                     data=self._from,
                 )
             )
         self._transport = MinibatchOT() if coupling.startswith("ot") else None
-        self._whole = coupling == "ot-global"
+        self._whole, self._given = coupling == "ot-global", coupling == "given"
 
     def draw(self, start: int, count: int, part: slice = ALL) -> Draw:
         if self._whole:  # every process assigns the whole batch, and keeps its part
@@ -161,8 +161,17 @@ class DataSource:
         condition = {} if labels is None or not self.conditional else {"y": labels}
         if self._held_from is None:
             return Draw(x1, None, self._held_noise, index.to(self.device), condition)
-        x0, _ = self._rows(self._held_from, index if self._held_from.size else index + _FAR)
+        x0, _ = self._rows(self._held_from, self._held_source_rows(index))
         return Draw(x1, x0, None, None, condition)
+
+    def _held_source_rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the held-out source, which correspond to the target's only where that is given."""
+        size = self._held_from.size
+        if self._given:
+            return index if size else index + _FAR
+        if size is None:
+            return index + _FAR + _APART
+        return epoch_order(size, seed=self._held_noise, epoch=0)[: len(index)]
 
     def _rows(self, data: Data, index: torch.Tensor) -> Rows:
         x, labels = data.rows(index)
@@ -177,6 +186,7 @@ def _cut(draw: Draw, part: slice) -> Draw:
 
 # Held-out samples of an endless stream: indices that no run reaches.
 _FAR = 2**62
+_APART = 2**61  # between two endless streams that are not given row by row
 _RESIDENT = 2 << 30  # bytes of a data set that is kept on an accelerator whole
 
 

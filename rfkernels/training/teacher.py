@@ -31,6 +31,8 @@ class Teacher:
         sample_shape: shape of one sample.
         num_classes: class labels it takes, None for none.
         conditional: whether it was trained with a condition.
+        trainable: which weights its student trains, by name.
+        only_solver: the one solver that it can be sampled with; None for a velocity.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Teacher:
     num_classes: int | None
     conditional: bool
     trainable: dict[str, bool]
+    only_solver: str | None = None
 
     def student(self) -> nn.Module:
         """A copy to train, with the weights trainable that were so in the teacher's training."""
@@ -67,6 +70,11 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
             "teacher: must be a RunResult, a run folder, a LoadedRun or a torch.nn.Module; "
             f"got {type(teacher).__name__}"
         )
+    config = getattr(teacher, "config", None)
+    if getattr(config, "reverse", False):
+        raise ValueError(
+            "teacher: must lead from noise to data; got a student of the way back (reverse=True)"
+        )
     if sample_shape is not None:
         given = tuple(int(n) for n in sample_shape)
         if shape is not None and given != tuple(shape):
@@ -89,6 +97,7 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
         classes,
         conditional,
         trainable,
+        None if getattr(config, "learns_velocity", True) else config.sample_solver,
     )
 
 
@@ -117,6 +126,11 @@ def check_flow(
     teacher: Teacher, labels: torch.Tensor | None, config: ReflowConfig | DistillConfig
 ) -> None:
     """Solves one tiny flow, so that a solver, guidance or labels that cannot work are refused."""
+    if teacher.only_solver not in (None, config.solver):
+        raise ValueError(
+            f"solver: must be {teacher.only_solver!r} with this teacher, which is no velocity; got "
+            f"{config.solver!r}"
+        )
     guided = config.guidance_scale is not None
     if guided and labels is None:
         raise ValueError(

@@ -142,6 +142,7 @@ def run_trainer(
                 sample_shape,
                 train,
                 solver=getattr(config, "sample_solver", "euler"),
+                source=getattr(objective, "source", None),
                 num_classes=described.get("num_classes"),
                 device=device_of(model),
             )

@@ -27,6 +27,7 @@ from rfkernels.training.recipes import (
     RectifiedDiffusionPhased,
     RectifiedFlowPlusPlus,
     ReMeanFlow,
+    Shortcut,
     SlimFlowDistill,
     SlimFlowReflow,
 )
@@ -175,6 +176,23 @@ def test_a_run_is_not_resumed_on_pairs_made_otherwise(tmp_path):
     with pytest.raises(ValueError, match=r"other options: pairs.steps is 1 in the run and 2 now"):
         distill(mlp(), config, sample_shape=(2,), pairs=made[1], run=run, resume=True)
     distill(mlp(), config, sample_shape=(2,), pairs=made[0], run=run, resume=True)
+
+
+def test_teachers_that_are_no_flow_from_noise(tmp_path):
+    encoder = distill(mlp(), DistillConfig(reverse=True, **PAIRS), sample_shape=(2,))
+    with pytest.raises(ValueError, match="teacher: must lead from noise to data"):
+        reflow(encoder, ReflowConfig(**PAIRS), run=tmp_path / "run")
+    shortcut = train_recipe(Shortcut(finest=8, train=SMALL), mlp(flow_map=True), X)
+    with pytest.raises(ValueError, match=r"solver: must be 'flow-map' with this teacher"):
+        reflow(shortcut, ReflowConfig(**PAIRS), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    reflow(shortcut, ReflowConfig(solver="flow-map", **PAIRS))
+
+
+def test_labels_of_pairs_are_not_asked_for_by_option():
+    train = TrainConfig(steps=4, batch_size=8, conditional=False)
+    with pytest.raises(ValueError, match=r"train.conditional: pairs have the condition"):
+        ReflowConfig(train=train)
 
 
 def test_a_trial_changes_nothing():

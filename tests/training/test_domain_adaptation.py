@@ -98,3 +98,13 @@ def test_the_adapter_is_the_flow_in_units_of_the_spread(tmp_path):
 def test_errors(arguments, kind, message):
     with pytest.raises(kind, match=message):
         adapt_features(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_features_of_another_precision(dtype):
+    features = torch.linspace(-1, 1, 32).reshape(16, 2)
+    config = TrainConfig(steps=2, batch_size=8, tensorboard=False)
+    adapter = adapt_features(features, features + 1, config, steps=2)
+    carried = adapter(features.to(dtype))
+    assert carried.dtype == dtype
+    torch.testing.assert_close(carried.float(), adapter(features), rtol=2e-3, atol=2e-3)

@@ -33,12 +33,15 @@ class Recipe(ABC):
         flow_map: whether the network takes `span`, (B,) float32: network(x, t, span=h) is the
             average velocity over [t, t + h], and x + h network(x, t, span=h) the state at t + h.
         sample_solver: what to sample the result with.
+        learns_velocity: whether the network called without a span is the velocity, which other
+            solvers integrate.
     """
 
     name: ClassVar[str]
     teacher: ClassVar[str] = "none"
     flow_map: ClassVar[bool] = False
     sample_solver: ClassVar[str] = "euler"
+    learns_velocity: ClassVar[bool] = True
 
     train: TrainConfig = field(default_factory=TrainConfig)
 

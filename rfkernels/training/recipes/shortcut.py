@@ -58,6 +58,7 @@ class Shortcut(Recipe):
     name: ClassVar[str] = "shortcut"
     flow_map: ClassVar[bool] = True
     sample_solver: ClassVar[str] = "flow-map"
+    learns_velocity: ClassVar[bool] = False
 
     finest: int = 128
     bootstrap_fraction: float = 0.25
@@ -80,6 +81,12 @@ class Shortcut(Recipe):
         require(number("clip", self.clip) > 0, "clip", "must be positive", self.clip)
         number("target_guidance_scale", self.target_guidance_scale)
         check_own_loss(self.train)
+        require(
+            not self.train.sample_every or self.finest % self.train.sample_steps == 0,
+            "train.sample_steps",
+            f"must be a power of two up to {self.finest}, whose steps are learnt",
+            self.train.sample_steps,
+        )
 
     def objective(self, setting: Setting) -> ShortcutObjective:
         return ShortcutObjective(setting, self)
