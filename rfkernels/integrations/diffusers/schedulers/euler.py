@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+import rfkernels as rf
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
 
@@ -64,11 +65,14 @@ class RFEulerScheduler(FlowScheduler):
             state = self._token_step(model_output, sample, per_token_timesteps, generator)
         elif config["stochastic_sampling"]:
             state = self._noisy_step(model_output, sample, index, generator)
-        elif config["bit_exact"]:
-            step = self._sigmas.steps()[index]
-            state = updates.euler_as_diffusers(sample, model_output, step)
         else:
-            state = updates.euler(sample, model_output, self._sigmas.steps()[index])
+            step = self._sigmas.steps()[index]
+            if config["bit_exact"]:
+                state = updates.euler_as_diffusers(sample, model_output, step)
+            elif sample.dtype is model_output.dtype:
+                state = rf.euler_step(sample, model_output, step)
+            else:
+                state = updates.euler(sample, model_output, step)
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 

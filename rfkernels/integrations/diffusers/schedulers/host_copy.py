@@ -47,8 +47,8 @@ class Levels(HostCopy):
 
     def steps(self) -> list[float]:
         """Each level's difference to the next, rounded to float32."""
-        values = self.values()
-        if self._steps is None:
+        if self._steps is None or (self._counted and self._read_at != self.tensor._version):
+            values = self.values()
             self._steps = np.diff(np.asarray(values, dtype=np.float32)).tolist()
         return self._steps
 
