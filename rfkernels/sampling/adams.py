@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from rfkernels.sampling import multistep
 from rfkernels.sampling.field import Field, State
-from rfkernels.sampling.fixed import FixedStepSolver, Interval, midpoint_step
+from rfkernels.sampling.fixed import FixedStepSolver, Step, midpoint_step
 
 __all__ = ["AB2", "AB3"]
 
@@ -25,7 +25,7 @@ class AB2(FixedStepSolver):
     evaluations: ClassVar[int] = 2
     besides: ClassVar[int] = 1
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + c v + c_previous v_previous."""
         now = field(state, interval.start)
         if interval.previous_dt is None:
@@ -51,7 +51,7 @@ class AB3(FixedStepSolver):
     evaluations: ClassVar[int] = 3
     besides: ClassVar[int] = 1
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + c0 v + c1 v_previous + c2 v_before; history holds (velocity, its step), newest first."""
         now, dt = field(state, interval.start), interval.dt
         if not history:

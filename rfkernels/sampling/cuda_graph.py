@@ -4,7 +4,8 @@ A run of fixed steps reads nothing back from the device, so it can be captured: 
 kernel calls from x0 to the result. The graph is kept with the velocity object and replayed for calls
 that differ in the values of x0, of tensors in the conditions, of guidance scales and of the seed, which
 are copied into the memory that was captured. Whatever else differs (shapes, grid, solver, numbers) is
-another graph. Weights may change in place between replays, as an optimizer changes them.
+another graph. Weights may change in place between replays, as an optimizer changes them. Pass the same
+velocity object every time: a bound method is a new one at each mention.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def _refuse(caller: str, solver: Solver, x0: Tensor, run: Run) -> None:
         rule = f"a solver of fixed steps; got {solver.name!r}"
     elif run.callback is not None:
         rule = "no callback, which a replay would not call; got one"
-    elif torch.is_grad_enabled() and x0.requires_grad:
-        rule = "no gradients, which a replay does not record; got x that requires grad"
+    elif torch.is_grad_enabled():
+        rule = "no gradients, which a replay does not record; got a tensor that requires grad"
     if rule is not None:
         raise ValueError(f"{caller}: compile='cudagraph' needs {rule}")
 
@@ -162,9 +163,12 @@ def _shape(tensor: Tensor) -> Hashable:
 
 
 def _constant(value: Any) -> Hashable:
-    """Something equal for values that mean the same; objects that cannot be compared are themselves."""
+    """The value as part of a key, which keeps it alive, so that an equal key means the same."""
     try:
         hash(value)
     except TypeError:
-        return repr(value) if isinstance(value, (list, dict, set)) else id(value)
+        raise TypeError(
+            "condition: compile='cudagraph' needs tensors and hashable values; "
+            f"got {type(value).__name__}"
+        ) from None
     return value

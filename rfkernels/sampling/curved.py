@@ -11,7 +11,7 @@ import torch
 
 from rfkernels.flow.paths import Path, get_path
 from rfkernels.sampling.field import Field, State
-from rfkernels.sampling.fixed import FixedStepSolver, Interval
+from rfkernels.sampling.fixed import FixedStepSolver, Step
 from rfkernels.sampling.run import Run
 
 __all__ = ["CurvedEuler"]
@@ -53,7 +53,7 @@ class CurvedEuler(FixedStepSolver):
                 )
         return rows
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """alpha(t') x1^ + sigma(t') x0^."""
         alpha, sigma, dalpha, dsigma = history[interval.index]
         alpha_end, sigma_end, *_ = history[interval.index + 1]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rfkernels.sampling import multistep
 from rfkernels.sampling.field import Evaluation, Field, State
-from rfkernels.sampling.fixed import FixedStepSolver, Interval
+from rfkernels.sampling.fixed import FixedStepSolver, Step
 
 __all__ = ["DPMSolver", "UniPC"]
 
@@ -86,7 +86,7 @@ class DPMSolver(FixedStepSolver):
         """The states of the kept ones."""
         return self.order - 1
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """c_x x + c_0 m_0 + ..."""
         now = _Past(1 - interval.start, state.x, field(state, interval.start))
         calls, end = [now, *history], 1 - interval.end
@@ -132,7 +132,7 @@ class UniPC(FixedStepSolver):
         """The states of the kept ones."""
         return self.order
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """The correction of the state and the prediction of the next in one sum; history holds the
         kept evaluations and, last, the order of the step before."""
         now = _Past(1 - interval.start, state.x, field(state, interval.start))

@@ -29,7 +29,7 @@ from rfkernels.sampling.run import Run, Solution
 
 
 @dataclass(frozen=True)
-class Interval:
+class Step:
     """One step of the grid, from ``start`` to ``end``.
 
     Attributes:
@@ -71,7 +71,7 @@ class FixedStepSolver:
         """What the solver keeps from step to step, as it is before the first one."""
         return []
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """The state after the interval.
 
         Args:
@@ -91,7 +91,7 @@ class FixedStepSolver:
         count = len(run.times) - 1
         previous_dt = None
         for index, (start, end) in enumerate(pairwise(run.times)):
-            interval = Interval(start, end, previous_dt, index, count - index)
+            interval = Step(start, end, previous_dt, index, count - index)
             state = self.step(field, state, interval, history)
             previous_dt = end - start
             if run.keep_trajectory:
@@ -120,13 +120,13 @@ class Euler(FixedStepSolver):
         if not 0 <= self.original_eps < 1:
             raise ValueError(f"Euler: original_eps must lie in [0, 1); got {self.original_eps!r}")
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + h v(x, t)."""
         t = self.original_eps + interval.start * (1 - self.original_eps)
         return field.advance(state.x, [(interval.dt, field(state, t))])
 
 
-def midpoint_step(field: Field, state: State, interval: Interval, first: Evaluation) -> State:
+def midpoint_step(field: Field, state: State, interval: Step, first: Evaluation) -> State:
     """x + h v(x + h/2 v, t + h/2), with ``first`` the velocity at the start."""
     half = interval.dt / 2
     middle = field.advance(state.x, [(half, first)])
@@ -140,7 +140,7 @@ class Midpoint(FixedStepSolver):
     name: ClassVar[str] = "midpoint"
     per_step: ClassVar[int] = 2
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + h v(x + h/2 v, t + h/2)."""
         return midpoint_step(field, state, interval, field(state, interval.start))
 
@@ -154,7 +154,7 @@ class Heun(FixedStepSolver):
     evaluations: ClassVar[int] = 2
     per_step: ClassVar[int] = 2
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + h/2 (v1 + v2), v2 at the Euler step's end."""
         dt = interval.dt
         first = field(state, interval.start)
@@ -171,7 +171,7 @@ class RK4(FixedStepSolver):
     evaluations: ClassVar[int] = 4
     per_step: ClassVar[int] = 4
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + h/6 (k1 + 2 k2 + 2 k3 + k4)."""
         start, dt, x = interval.start, interval.dt, state.x
         k1 = field(state, start)

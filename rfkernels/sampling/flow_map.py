@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rfkernels.sampling.field import Field, State
-from rfkernels.sampling.fixed import FixedStepSolver, Interval
+from rfkernels.sampling.fixed import FixedStepSolver, Step
 
 __all__ = ["FlowMap"]
 
@@ -41,7 +41,7 @@ class FlowMap(FixedStepSolver):
     name: ClassVar[str] = "flow-map"
     negative_spans: bool = False
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + h u(x, t, span=h)."""
         dt = interval.dt
         if dt < 0 and not self.negative_spans:

@@ -27,7 +27,7 @@ import torch
 
 from rfkernels.ops.random import derive_seed
 from rfkernels.sampling.field import Field, State
-from rfkernels.sampling.fixed import FixedStepSolver, Interval
+from rfkernels.sampling.fixed import FixedStepSolver, Step
 from rfkernels.sampling.run import Run
 
 __all__ = ["SDE", "Ancestral", "Renoise", "noise_keys"]
@@ -72,7 +72,7 @@ class StochasticSolver(FixedStepSolver):
         """(of x, of v, of z) of the step from time ``start`` to ``end``."""
         raise NotImplementedError
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """a x + b v + c z."""
         seeds, offsets = history
         of_state, weight, scale = self.coefficients(interval.start, interval.end)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rfkernels.sampling.field import Field, State
-from rfkernels.sampling.fixed import FixedStepSolver, Interval, midpoint_step
+from rfkernels.sampling.fixed import FixedStepSolver, Step, midpoint_step
 
 __all__ = ["Taylor"]
 
@@ -58,7 +58,7 @@ class Taylor(FixedStepSolver):
         """The order."""
         return self.order
 
-    def step(self, field: Field, state: State, interval: Interval, history: list[Any]) -> State:
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
         """x + h v + h^2/2 dv/dt (+ h^3/6 d2v/dt2)."""
         if self.derivative == "jvp":
             return self._exact(field, state, interval)
@@ -75,7 +75,7 @@ class Taylor(FixedStepSolver):
         weight = dt * dt / (2 * ahead)
         return field.advance(state.x, [(dt - weight, first), (weight, second)])
 
-    def _exact(self, field: Field, state: State, interval: Interval) -> State:
+    def _exact(self, field: Field, state: State, interval: Step) -> State:
         now = field.combined(state, interval.start).conditional
         if self.order == 2:
             derivatives = (now, field.derivative(state, interval.start, now))
@@ -84,7 +84,7 @@ class Taylor(FixedStepSolver):
         return field.taylor(state.x, derivatives, interval.dt)
 
 
-def _third_order(field: Field, state: State, interval: Interval, first: Any) -> State:
+def _third_order(field: Field, state: State, interval: Step, first: Any) -> State:
     """x + h/4 v + 3h/4 v(x + 2h/3 v', t + 2h/3), v' = v(x + h/3 v, t + h/3)."""
     dt, start, x = interval.dt, interval.start, state.x
     second = field(field.advance(x, [(dt / 3, first)]), start + dt / 3)

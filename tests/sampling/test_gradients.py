@@ -193,3 +193,29 @@ def test_what_a_captured_loop_takes_from_each_call(solver, monkeypatch):
     forget_graphs(velocity)
     sample(velocity, rf.randn(5, 3, seed=1), compile="cudagraph", **stronger)
     assert len(captured) == 5
+    stronger["condition"]["gain"] = [3.0]
+    with pytest.raises(TypeError, match="needs tensors and hashable values; got list"):
+        sample(velocity, rf.randn(5, 3, seed=1), compile="cudagraph", **stronger)
+
+
+def test_what_cannot_be_captured():
+    from rfkernels.sampling import Dopri5, Euler, Run, cuda_graph
+
+    x0 = torch.empty(2, 3, device="meta")
+
+    class Elsewhere:
+        device = torch.device("cuda")
+
+    def run(callback=None):
+        return Run((0.0, 1.0), False, callback, lambda fraction: None)
+
+    for solver, x, given, message in (
+        (Euler(), x0, run(), "samples on a CUDA device; got meta"),
+        (Dopri5(), Elsewhere(), run(), "a solver of fixed steps; got 'dopri5'"),
+        (Euler(), Elsewhere(), run(print), "no callback"),
+        (Euler(), Elsewhere(), run(), "no gradients"),
+    ):
+        with pytest.raises(ValueError, match=f"sample: compile='cudagraph' needs {message}"):
+            cuda_graph._refuse("sample", solver, x, given)
+    with torch.no_grad():
+        cuda_graph._refuse("sample", Euler(), Elsewhere(), run())

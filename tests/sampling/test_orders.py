@@ -16,6 +16,7 @@ from rfkernels.sampling import (
     DPMSolver,
     Taylor,
     UniPC,
+    evaluations,
     invert,
     multistep,
     reconstruct,
@@ -103,6 +104,8 @@ def test_the_exact_third_derivative(noise, truths):
     # dx/dt = x: one step multiplies by 1 + h + h^2/2 + h^3/6
     result = sample(lambda x, t: x, noise, steps=4, solver=solver)
     torch.testing.assert_close(result, noise * (1 + 1 / 4 + 1 / 32 + 1 / 384) ** 4)
+    info = sample(RING, noise, steps=4, solver=solver, return_info=True)
+    assert info.nfe == evaluations(solver, 4) == 12
     # dx/dt = t^2: exact, and only by the explicit dependence on time
     result = sample(lambda x, t: (t * t)[:, None].expand_as(x), noise, steps=2, solver=solver)
     torch.testing.assert_close(result, noise + 1 / 3)
