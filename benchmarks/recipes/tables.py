@@ -43,7 +43,7 @@ def table(rows: list[Row]) -> str:
     """One line a method: cost, then the Frechet distance, the nearest-neighbour test and memorisation
     of one, two and four steps."""
     first = rows[0]
-    head = ["method", "weights", "seen", "teacher", "seconds"]
+    head = ["method", "weights", "own", "teacher", "seconds"]
     head += [f"FD, {n}" for n in (1, 2, 4)] + [f"1-NN, {n}" for n in (1, 2, 4)] + ["memorised, 1"]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -72,7 +72,8 @@ LEGEND = """Measured (`benchmarks/recipes/run.py`), every method at an equal bud
 training plus evaluations of teachers, pairs and averaged networks included, over all stages.
 FD: Frechet distance of pixels to the training images, lower is better. 1-NN: accuracy of telling
 samples from held-out images, 0.5 is best. At 1, 2 and 4 steps from the same noises; students of one
-step are not made for more. memorised: distance to the nearest training image over that of held-out
+step are not made for more. own, teacher: evaluations of the trained network, in which a recipe's second calls and forward
+derivatives show, and of all others. memorised: distance to the nearest training image over that of held-out
 images, below 1 means closer. seconds: of processor time, one thread."""
 
 
