@@ -4,6 +4,7 @@
     register_attention_backend()             then model.set_attention_backend("rfkernels")
     coverage()                               which models are covered, and how
     velocity_from_pretrained(folder)         a network as velocity(x, t, **condition), to train and sample
+    allow_exchange(model)                    its attention features can be shared by rf.editing.edit
 
     RFEulerScheduler, RFHeunScheduler, RFMidpointScheduler, RFFireFlowScheduler, RFMultistepScheduler
                                              pipe.scheduler = RF...Scheduler.from_config(pipe.scheduler.config)
@@ -20,6 +21,7 @@ from rfkernels.integrations.diffusers.attention import (
     set_attention,
 )
 from rfkernels.integrations.diffusers.coverage import Coverage, coverage
+from rfkernels.integrations.diffusers.exchange import allow_exchange, forbid_exchange
 from rfkernels.integrations.diffusers.schedulers import __all__ as _SCHEDULERS
 from rfkernels.integrations.diffusers.velocity import (
     DiffusersNetwork,
@@ -31,8 +33,10 @@ __all__ = [
     "Coverage",
     "DiffusersNetwork",
     "DiffusersVelocity",
+    "allow_exchange",
     "attention_stats",
     "coverage",
+    "forbid_exchange",
     "register_attention_backend",
     "reset_attention",
     "set_attention",
