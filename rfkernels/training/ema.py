@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from rfkernels.training.parallel import local
+from rfkernels.training.parallel import is_sharded, local
 
 __all__ = ["EMA"]
 
@@ -31,6 +31,7 @@ class EMA:
         self._averaged = [e for e, w in pairs if w.is_floating_point() or w.is_complex()]
         self._weights = [w for _, w in pairs if w.is_floating_point() or w.is_complex()]
         kept = dict(self.model.named_buffers())
+        self._sharded = is_sharded(self.model)
         self._buffers = [(kept[name], b) for name, b in self.source.named_buffers()]
 
     @torch.no_grad()
@@ -38,5 +39,9 @@ class EMA:
         """Moves the average towards the source's weights; n counts the updates before this one."""
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(local(self._averaged), local(self._weights), 1.0 - decay)
+        if self._sharded:
+            # The outermost module keeps its whole weights for a backward pass, which an average has
+            # not: it would go on with those of its first evaluation.
+            self.model.reshard()
         for kept, buffer in self._buffers:
             kept.copy_(buffer)

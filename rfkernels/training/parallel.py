@@ -17,7 +17,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rfkernels.training.objective import Batch, Objective
 from rfkernels.training.processes import processes
 
-__all__ = ["Parallel", "local", "make_parallel", "put", "whole"]
+__all__ = [
+    "Parallel",
+    "broadcast",
+    "is_sharded",
+    "local",
+    "make_parallel",
+    "put",
+    "shard",
+    "whole",
+]
 
 
 class Parallel:
@@ -106,6 +115,11 @@ def shard(model: nn.Module) -> None:
                 if any(True for _ in block.parameters()):
                     fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has only a part of the weights."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def make_parallel(model: nn.Module, objective: Objective, kind: str) -> Parallel:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rfkernels.ops.random import derive_seed
 from rfkernels.training.checks import check_label_dropout, check_start
@@ -15,6 +18,7 @@ from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig
 from rfkernels.training.make_pairs import make_pairs, model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
+from rfkernels.training.parallel import whole
 from rfkernels.training.processes import processes
 from rfkernels.training.recipes.rectified_flow import FlowObjective
 from rfkernels.training.run_folder import RunFolder
@@ -77,10 +81,17 @@ def reflow(
         for number in range(1, config.rounds + 1):
             folder = None if top is None else top.path / f"round-{number}"
             result = _round(found, config, number, labels, folder, resume, progress)
-            found = find_teacher(result, None)
+            found = _successor(found, result.ema)
     if top is not None:
         result.run = top.path
     return result
+
+
+def _successor(teacher: Teacher, average: nn.Module) -> Teacher:
+    """The teacher with the averaged weights of its student, which may lie in shards."""
+    model = copy.deepcopy(teacher.model)
+    model.load_state_dict(whole(average.state_dict()))
+    return replace(teacher, model=model)
 
 
 def _described(teacher: Teacher, labels: torch.Tensor | None, number: int) -> dict[str, object]:

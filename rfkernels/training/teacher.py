@@ -15,6 +15,7 @@ from rfkernels.sampling import sample
 from rfkernels.training.checks import check_class_labels
 from rfkernels.training.config import DistillConfig, ReflowConfig
 from rfkernels.training.load import LoadedRun, load
+from rfkernels.training.parallel import is_sharded
 from rfkernels.training.trainer import RunResult, device_of
 
 __all__ = ["Teacher", "check_flow", "find_teacher", "pair_labels"]
@@ -85,6 +86,11 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
     if shape is None:
         raise ValueError(
             "sample_shape: give the shape of one sample, for a teacher that is a bare network"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "teacher: must be whole in every process; this one is in shards (parallel='fsdp'): give "
+            "the folder of its run"
         )
     trainable = {name: p.requires_grad for name, p in weights.named_parameters()}
     if not trainable:

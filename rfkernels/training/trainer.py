@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rfkernels.ops.random import derive_seed
 from rfkernels.training import checkpoint as checkpoints
@@ -24,7 +23,15 @@ from rfkernels.training.interrupt import InterruptGuard
 from rfkernels.training.metrics_log import MetricsLog, tensorboard_wanted
 from rfkernels.training.objective import Batch, Objective
 from rfkernels.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
-from rfkernels.training.parallel import broadcast, local, make_parallel, put, shard, whole
+from rfkernels.training.parallel import (
+    broadcast,
+    is_sharded,
+    local,
+    make_parallel,
+    put,
+    shard,
+    whole,
+)
 from rfkernels.training.processes import agreed, on_first, processes
 from rfkernels.training.progress import Bar
 from rfkernels.training.run_folder import RunFolder
@@ -340,8 +347,7 @@ def check_processes(config: TrainConfig, count: int) -> None:
 def _load(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """load_state_dict, also into a sharded network."""
     own = model.state_dict()
-    sharded = any(isinstance(tensor, DTensor) for tensor in own.values())
-    if not sharded or own.keys() != tensors.keys():
+    if not is_sharded(model) or own.keys() != tensors.keys():
         model.load_state_dict(tensors)  # says what is missing or unexpected
         return
     for name, tensor in own.items():

@@ -44,9 +44,9 @@ def together(tmp_path_factory):
     return folder
 
 
-def losses(folder: Path) -> torch.Tensor:
+def losses(folder: Path, name: str = "loss") -> torch.Tensor:
     return torch.tensor(
-        [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl")], dtype=torch.float64
+        [entry[name] for entry in read_metrics(folder / "metrics.jsonl")], dtype=torch.float64
     )
 
 
@@ -81,6 +81,22 @@ def test_ten_steps_of(together, name, options):
     alone = train_flow(program.network(), program.data(), program.config(steps=10, **options))
     alone = torch.tensor([entry["loss"] for entry in alone.metrics], dtype=torch.float64)
     assert (losses(together / name) / alone - 1).abs().max() < 1e-5
+
+
+def test_an_average_in_shards_is_what_it_has_become(together, tmp_path):
+    """Evaluated after every step, as held-out losses and targets are."""
+    program.shortcut("ddp", tmp_path / "one")
+    for name in ("loss", "holdout_loss"):
+        alone, shared = losses(tmp_path / "one", name), losses(together / "shortcut", name)
+        assert len(shared) == 10
+        assert (shared / alone - 1).abs().max() < 1e-5
+
+
+def test_rounds_of_reflow_in_shards(together, tmp_path):
+    program.rounds("ddp", tmp_path / "one")
+    for name, value in weights(tmp_path / "one" / "round-2", "ema").items():
+        shared = weights(together / "rounds" / "round-2", "ema")[name]
+        torch.testing.assert_close(shared, value, rtol=1e-3, atol=1e-5)
 
 
 def test_ot_within_each_process_is_another_coupling(together):

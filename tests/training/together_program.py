@@ -10,8 +10,16 @@ from pathlib import Path
 import torch
 
 import rfkernels as rf
-from rfkernels.training import TrainConfig, make_pairs, train_flow
+from rfkernels.training import (
+    ReflowConfig,
+    TrainConfig,
+    make_pairs,
+    reflow,
+    train_flow,
+    train_recipe,
+)
 from rfkernels.training.processes import join_processes, leave_processes, processes
+from rfkernels.training.recipes import Shortcut
 from rfkernels.training.trainer import Trainer
 
 # Depth 2, so that sharding has blocks to split; row counts that two processes do not divide evenly.
@@ -46,6 +54,20 @@ def pairs(folder: Path) -> None:
     make_pairs(network(), 70, (2,), folder=folder, batch=16, steps=2, labels=torch.arange(70) % 3)
 
 
+def shortcut(parallel: str, run: Path) -> None:
+    """A recipe whose targets come from the averaged network, with its held-out loss at every step."""
+    flow_map = rf.models.build("mlp", seed=3, **OPTIONS, flow_map=True)
+    train = config(steps=10, holdout_every=1, ema_decay=0.5, parallel=parallel)
+    train_recipe(Shortcut(finest=8, bootstrap_fraction=0.5, train=train), flow_map, data(), run=run)
+
+
+def rounds(parallel: str, run: Path) -> None:
+    """Two rounds of reflow."""
+    train = config(steps=5, conditional=None, parallel=parallel)
+    options = ReflowConfig(rounds=2, pairs=64, pair_steps=1, train=train)
+    reflow(network(), options, sample_shape=(2,), run=run)
+
+
 def _kill_at(step: int) -> None:
     """The second process dies in the middle of that step."""
     ordinary = Trainer._step
@@ -74,6 +96,8 @@ def main(what: str, folder: Path) -> None:
             sharded = config(**options, parallel="fsdp")
             train_flow(network(), data(), sharded, run=folder / optimizer)
         pairs(folder / "pairs")
+        shortcut("fsdp", folder / "shortcut")
+        rounds("fsdp", folder / "rounds")
         try:
             train_flow(network(), data(), config(batch_size=63), run=folder / "odd")
         except ValueError as error:
