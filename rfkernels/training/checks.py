@@ -78,7 +78,7 @@ def check_labels(model: nn.Module, data: Data) -> None:
         )
 
 
-def check_class_labels(model: nn.Module, labels: torch.Tensor | None) -> None:
+def check_class_labels(model: object, labels: torch.Tensor | None) -> None:
     """Refuses class labels of pairs that a network does not have; its null label it has. On a GPU
     such a label would stop the device, long after the run has begun."""
     null_label = getattr(model, "null_label", None)

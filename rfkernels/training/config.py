@@ -233,6 +233,13 @@ class TrainConfig:
         require(self.time_min < last, "time_min", f"must be below {last}", self.time_min)
 
 
+def check_linear(train: TrainConfig, why: str) -> None:
+    """Refuses a path other than the straight one; what was read back by its name may be one."""
+    path = train.path
+    straight = isinstance(path, OwnObject) or isinstance(get_path(path), LinearPath)
+    require(straight, "train.path", why, path)
+
+
 def check_train(value: object) -> None:
     """Refuses what is no TrainConfig."""
     if not isinstance(value, TrainConfig):
@@ -332,9 +339,4 @@ class DistillConfig:
         )
         if not callable(self.distance) and not isinstance(self.distance, OwnObject):
             require(self.distance == "l2", "distance", "must be 'l2' or a callable", self.distance)
-        require(
-            isinstance(get_path(self.train.path), LinearPath),
-            "train.path",
-            "a student of Euler steps learns the linear path",
-            self.train.path,
-        )
+        check_linear(self.train, "a student of Euler steps learns the linear path")

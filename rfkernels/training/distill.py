@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from rfkernels.training.checks import (
-    check_call,
-    check_class_labels,
-    check_label_dropout,
-    check_model,
-    check_start,
-)
+from rfkernels.training.checks import check_start
 from rfkernels.training.config import DistillConfig
-from rfkernels.training.make_pairs import model_hash
-from rfkernels.training.objective import Setting
+from rfkernels.training.pair_run import open_pairs, run_on_pairs
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.recipes.options import refuse_named
 from rfkernels.training.recipes.rectified_flow import DistillObjective
-from rfkernels.training.reflow import pair_source, teacher_pairs
-from rfkernels.training.run_folder import RunFolder
-from rfkernels.training.teacher import AnyTeacher, check_flow, find_teacher, pair_labels
-from rfkernels.training.train import describe_run, run_trainer
+from rfkernels.training.teacher import AnyTeacher, find_teacher
 from rfkernels.training.trainer import RunResult
-from rfkernels.training.trial import TRIAL, noise_draw, try_objective
 
 __all__ = ["distill"]
 
@@ -54,7 +42,7 @@ def distill(
         pairs: a store of pairs or its folder, such as `<reflow run>/pairs`; None makes new ones
             with the teacher.
         student: the network to train; None for a copy of the teacher with its EMA weights.
-        sample_shape: shape of one sample; known for a run.
+        sample_shape: shape of one sample; known for a run and with pairs.
         labels: as in `reflow`, for new pairs.
         run, resume, progress: as in `reflow`.
 
@@ -70,60 +58,21 @@ def distill(
         raise TypeError(f"config: must be a DistillConfig; got {type(config).__name__}")
     check_start("distill", config.train, run)
     refuse_named(distance=config.distance)
-    found = find_teacher(teacher, sample_shape)
-    if pairs is not None and not isinstance(pairs, PairStore):
-        pairs = PairStore(pairs)
-    if pairs is None:
-        labels = pair_labels(found, labels, config.pairs)
-        check_flow(found, labels, config)
-        conditional = labels is not None
-    else:
-        if labels is not None:
-            raise ValueError("labels: the pairs have theirs; give labels only for new pairs")
-        if pairs.sample_shape != found.sample_shape:
-            raise ValueError(
-                f"pairs: must be of the teacher's shape, {found.sample_shape}; got "
-                f"{pairs.sample_shape}"
-            )
-        conditional = "y" in pairs.stored(torch.zeros(1, dtype=torch.int64)).condition
-    trained = found.student() if student is None else student
-    device = check_model(trained)
-    null_label = check_label_dropout(trained, config.train, conditional)
-    check_class_labels(trained, labels if pairs is None else pairs.labels)
-    if pairs is None:
-        draw = noise_draw(min(TRIAL, config.pairs), found.sample_shape, labels, device)
-    else:
-        draw = pair_source(pairs, config.train, device).draw(0, min(TRIAL, len(pairs)))
-    check_call(trained, draw.x1, torch.zeros(len(draw.x1), device=device), draw.condition)
-    make = partial(DistillObjective, k=config.k, distance=config.distance, reverse=config.reverse)
-    try_objective("distill", make, trained, draw, config.train, null_label)
-    described = {
-        "teacher_sha256": model_hash(found.model),
-        "pairs": None if pairs is None else pairs.manifest,
-        "conditional": conditional,
-        "num_classes": found.num_classes if conditional else None,
-    }
-    with ExitStack() as stack:
-        opened = None
-        if run is not None:
-            description = describe_run("distill", trained, config, found.sample_shape, described)
-            opened = RunFolder(run, description, resume=resume)
-            stack.callback(opened.close)
-        if pairs is None:
-            pairs = teacher_pairs(
-                found, config, labels, opened, "distillation pairs", stack, progress
-            )
-        source = pair_source(pairs, config.train, device)
-        return run_trainer(
-            "distill",
-            "distill",
-            trained,
-            make(Setting(source, config.train, null_label)),
-            config,
-            train=config.train,
-            run=opened,
-            resume=resume,
-            progress=progress,
-            sample_shape=found.sample_shape,
-            described=described,
-        )
+    pairs = open_pairs(pairs)
+    found = find_teacher(teacher, sample_shape, pairs)
+    if pairs is not None and labels is not None:
+        raise ValueError("labels: the pairs have theirs; give labels only for new pairs")
+    return run_on_pairs(
+        "distill",
+        partial(DistillObjective, k=config.k, distance=config.distance, reverse=config.reverse),
+        found.student() if student is None else student,
+        found,
+        config,
+        pairs=pairs,
+        labels=labels,
+        purpose="distillation pairs",
+        probe=lambda x, t: {},
+        run=run,
+        resume=resume,
+        progress=progress,
+    )

@@ -12,6 +12,7 @@ from rfkernels.data import Data, as_dataset
 from rfkernels.ops.interpolate import interpolate
 from rfkernels.ops.random import derive_seed
 from rfkernels.sampling import invert
+from rfkernels.training.checks import check_class_labels
 from rfkernels.training.option_checks import number, require, whole
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.train import Samples, describe_data
@@ -102,6 +103,7 @@ def invert_data(
         return {"x1": x1.cpu(), "x0": x0.cpu()}
 
     conditions = {"y": _labels(dataset)} if conditional else {}
+    check_class_labels(velocity, conditions.get("y"))
     manifest = describe_pairs(
         velocity,
         dataset.size,

@@ -10,6 +10,7 @@ from torch import nn
 
 from rfkernels.ops.random import randn
 from rfkernels.sampling import sample
+from rfkernels.training.checks import check_class_labels
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.trainer import device_of
 from rfkernels.training.write_pairs import describe_pairs, model_hash, write_pairs
@@ -67,6 +68,7 @@ def make_pairs(
     if count < 1 or batch < 1:
         raise ValueError(f"count: count and batch must be at least 1; got {count} and {batch}")
     conditions = _conditions(count, labels, condition)
+    check_class_labels(velocity, conditions.get("y"))
     if guidance_scale is not None and not conditions:
         raise ValueError("guidance_scale: needs labels or a condition; got none")
     if device is None:

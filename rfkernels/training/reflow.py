@@ -24,7 +24,7 @@ from rfkernels.training.recipes.rectified_flow import FlowObjective
 from rfkernels.training.run_folder import RunFolder
 from rfkernels.training.sources import PairSource
 from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
-from rfkernels.training.train import describe_run, run_trainer
+from rfkernels.training.train import open_run, run_trainer
 from rfkernels.training.trainer import RunResult, device_of
 
 __all__ = ["reflow"]
@@ -72,12 +72,10 @@ def reflow(
     if config.rounds == 1:
         return _round(found, config, 1, labels, run, resume, progress)
     with ExitStack() as stack:
-        top = None
-        if run is not None:
-            described = _described(found, labels, 0)
-            description = describe_run("reflow", found.model, config, found.sample_shape, described)
-            top = RunFolder(run, description, resume=resume)
-            stack.callback(top.close)
+        described = _described(found, labels, 0)
+        top = open_run(
+            stack, run, "reflow", found.model, config, found.sample_shape, described, resume
+        )
         for number in range(1, config.rounds + 1):
             folder = None if top is None else top.path / f"round-{number}"
             result = _round(found, config, number, labels, folder, resume, progress)
@@ -114,13 +112,9 @@ def _round(
 ) -> RunResult:
     described = _described(teacher, labels, number)
     with ExitStack() as stack:
-        opened = None
-        if run is not None:
-            description = describe_run(
-                "reflow", teacher.model, config, teacher.sample_shape, described
-            )
-            opened = RunFolder(run, description, resume=resume)
-            stack.callback(opened.close)
+        opened = open_run(
+            stack, run, "reflow", teacher.model, config, teacher.sample_shape, described, resume
+        )
         pairs = teacher_pairs(teacher, config, labels, opened, f"pairs {number}", stack, progress)
         student = teacher.student()
         source = pair_source(pairs, config.train, device_of(student))

@@ -15,6 +15,7 @@ from rfkernels.sampling import sample
 from rfkernels.training.checks import check_class_labels
 from rfkernels.training.config import DistillConfig, ReflowConfig
 from rfkernels.training.load import LoadedRun, load
+from rfkernels.training.pairs import PairStore
 from rfkernels.training.parallel import is_sharded
 from rfkernels.training.trainer import RunResult, device_of
 
@@ -51,8 +52,13 @@ class Teacher:
         return student
 
 
-def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Teacher:
-    """The teacher in a RunResult, a LoadedRun, a run folder (their EMA networks) or a network."""
+def find_teacher(
+    teacher: AnyTeacher, sample_shape: Sequence[int] | None, pairs: PairStore | None = None
+) -> Teacher:
+    """The teacher in a RunResult, a LoadedRun, a run folder (their EMA networks) or a network.
+
+    A network that does not say the shape of a sample has that of its `pairs`.
+    """
     if isinstance(teacher, (str, Path)):
         teacher = load(teacher)
     if isinstance(teacher, RunResult):
@@ -83,6 +89,8 @@ def find_teacher(teacher: AnyTeacher, sample_shape: Sequence[int] | None) -> Tea
                 f"sample_shape: the teacher's samples have the shape {tuple(shape)}; got {given}"
             )
         shape = given
+    if shape is None and pairs is not None:
+        shape = pairs.sample_shape
     if shape is None:
         raise ValueError(
             "sample_shape: give the shape of one sample, for a teacher that is a bare network"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,10 @@ def run_trainer(
     described: Mapping[str, Any],
 ) -> RunResult:
     """Opens the folder, trains, gathers the result: what the three public functions share."""
-    description = describe_run(kind, model, config, sample_shape, described)
-    opened = run if isinstance(run, RunFolder) else None
-    folder = opened
-    if folder is None and run is not None:
-        folder = RunFolder(run, description, resume=resume)
-    try:
+    with ExitStack() as stack:
+        folder = run
+        if not isinstance(run, RunFolder):
+            folder = open_run(stack, run, kind, model, config, sample_shape, described, resume)
         picture = None
         if train.sample_every and folder is not None:
             picture = Pictures(
@@ -148,9 +147,6 @@ def run_trainer(
             )
         trainer = Trainer(name, model, objective, train, folder, progress, picture)
         ema, metrics = trainer.fit()
-    finally:
-        if folder is not None and opened is None:
-            folder.close()
     path = None if folder is None else folder.path
     return RunResult(
         model,
@@ -163,6 +159,25 @@ def run_trainer(
         described["num_classes"],
         bool(described["conditional"]),
     )
+
+
+def open_run(
+    stack: ExitStack,
+    run: str | Path | None,
+    kind: str,
+    model: nn.Module,
+    config: Any,
+    sample_shape: tuple[int, ...],
+    described: Mapping[str, Any],
+    resume: bool,
+) -> RunFolder | None:
+    """The run's folder, opened until `stack` closes it; None where nothing is written."""
+    if run is None:
+        return None
+    description = describe_run(kind, model, config, sample_shape, described)
+    folder = RunFolder(run, description, resume=resume)
+    stack.callback(folder.close)
+    return folder
 
 
 def describe_run(

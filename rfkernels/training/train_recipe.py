@@ -4,7 +4,6 @@ pairs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from rfkernels.data import Data, as_dataset
 from rfkernels.training.checks import (
     check_call,
-    check_class_labels,
     check_coupling,
     check_label_dropout,
     check_labels,
@@ -23,15 +21,14 @@ from rfkernels.training.checks import (
 )
 from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objective import Setting
+from rfkernels.training.pair_run import open_pairs, run_on_pairs
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.recipes import PairRecipe, Recipe
-from rfkernels.training.reflow import pair_source, teacher_pairs
-from rfkernels.training.run_folder import RunFolder
-from rfkernels.training.sources import DataSource, Draw
-from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
-from rfkernels.training.train import Samples, describe_data, describe_run, run_trainer
+from rfkernels.training.sources import DataSource
+from rfkernels.training.teacher import AnyTeacher, Teacher, find_teacher
+from rfkernels.training.train import Samples, describe_data, run_trainer
 from rfkernels.training.trainer import RunResult, device_of
-from rfkernels.training.trial import TRIAL, noise_draw, try_objective
+from rfkernels.training.trial import TRIAL, try_objective
 
 __all__ = ["train_recipe"]
 
@@ -62,7 +59,7 @@ def train_recipe(
         x0: the source samples, with data; None for standard normal noise.
         labels: (recipe.pairs,) labels or (recipe.pairs, C) condition vectors of new pairs; by
             default every class of a class-conditional teacher equally often.
-        sample_shape: shape of one sample; known for a run, and with data.
+        sample_shape: shape of one sample; known for a run, with data and with pairs.
         run: the run folder. resume: go on with the run in it. progress: show bars.
 
     Returns:
@@ -79,16 +76,32 @@ def train_recipe(
     check_start(name, recipe.train, run)
     _check_given(recipe, on_pairs, model, data, teacher, pairs, x0, labels)
     dataset = None if data is None else as_dataset(data)
+    pairs = open_pairs(pairs)
     found = None
     if teacher is not None:
-        found = find_teacher(teacher, sample_shape or (dataset and dataset.sample_shape))
+        shape = sample_shape or (dataset and dataset.sample_shape)
+        found = find_teacher(teacher, shape, pairs)
     trained = found.student() if model is None else model
     device = check_model(trained)
     recipe.check_network(trained)
     if found is not None:
         found.model.to(device)
-    plan = _on_pairs if on_pairs else _on_data
-    return plan(recipe, name, trained, dataset, found, pairs, x0, labels, run, resume, progress)
+    if on_pairs:
+        return run_on_pairs(
+            name,
+            recipe.objective,
+            trained,
+            found,
+            recipe,
+            pairs=pairs,
+            labels=labels,
+            purpose="pairs 1",
+            probe=recipe.probe,
+            run=run,
+            resume=resume,
+            progress=progress,
+        )
+    return _on_data(recipe, trained, dataset, found, x0, run, resume, progress)
 
 
 def _check_given(recipe, on_pairs, model, data, teacher, pairs, x0, labels) -> None:
@@ -127,18 +140,15 @@ _GOT = {
 
 def _on_data(
     recipe: Recipe,
-    name: str,
     model: nn.Module,
     data: Data,
     teacher: Teacher | None,
-    _pairs: None,
     x0: Samples | None,
-    _labels: None,
     run: str | Path | None,
     resume: bool,
     progress: bool,
 ) -> RunResult:
-    train, device = recipe.train, device_of(model)
+    name, train, device = recipe.name, recipe.train, device_of(model)
     source_data = None if x0 is None else as_dataset(x0)
     check_coupling(train, data, source_data)
     conditional = is_conditional(model, data, train)
@@ -155,10 +165,10 @@ def _on_data(
         device=device,
     )
     draw = source.draw(0, min(TRIAL, train.batch_size))
-    _probe(recipe, model, draw)
+    zero = torch.zeros(len(draw.x1), device=device)
+    check_call(model, draw.x1, zero, {**draw.condition, **recipe.probe(draw.x1, zero)})
     frozen = None if teacher is None else teacher.model
     if recipe.teacher == "required":
-        zero = torch.zeros(len(draw.x1), device=device)
         if conditional:
             check_labels(frozen, data)
         check_call(frozen, draw.x1, zero, draw.condition, "teacher")
@@ -184,70 +194,3 @@ def _on_data(
         sample_shape=data.sample_shape,
         described=described,
     )
-
-
-def _on_pairs(
-    recipe: PairRecipe,
-    name: str,
-    model: nn.Module,
-    _data: None,
-    teacher: Teacher,
-    pairs: PairStore | str | Path | None,
-    _x0: None,
-    labels: torch.Tensor | None,
-    run: str | Path | None,
-    resume: bool,
-    progress: bool,
-) -> RunResult:
-    train, device = recipe.train, device_of(model)
-    if pairs is None:
-        labels = pair_labels(teacher, labels, recipe.pairs)
-        check_flow(teacher, labels, recipe)
-        draw = noise_draw(min(TRIAL, recipe.pairs), teacher.sample_shape, labels, device)
-    else:
-        pairs = pairs if isinstance(pairs, PairStore) else PairStore(pairs)
-        if pairs.sample_shape != teacher.sample_shape:
-            raise ValueError(
-                f"pairs: must be of the teacher's shape, {teacher.sample_shape}; got "
-                f"{pairs.sample_shape}"
-            )
-        draw = pair_source(pairs, train, device).draw(0, min(TRIAL, len(pairs)))
-    conditional = "y" in draw.condition
-    null_label = check_label_dropout(model, train, conditional)
-    check_class_labels(model, labels if pairs is None else pairs.labels)
-    _probe(recipe, model, draw)
-    try_objective(name, recipe.objective, model, draw, train, null_label, teacher.model)
-    described = {
-        "teacher_sha256": model_hash(teacher.model),
-        "pairs": None if pairs is None else pairs.manifest,
-        "conditional": conditional,
-        "num_classes": teacher.num_classes if conditional else None,
-    }
-    with ExitStack() as stack:
-        opened = None
-        if run is not None:
-            description = describe_run(name, model, recipe, teacher.sample_shape, described)
-            opened = RunFolder(run, description, resume=resume)
-            stack.callback(opened.close)
-        if pairs is None:
-            pairs = teacher_pairs(teacher, recipe, labels, opened, "pairs 1", stack, progress)
-        setting = Setting(pair_source(pairs, train, device), train, null_label, teacher.model)
-        return run_trainer(
-            name,
-            name,
-            model,
-            recipe.objective(setting),
-            recipe,
-            train=train,
-            run=opened,
-            resume=resume,
-            progress=progress,
-            sample_shape=teacher.sample_shape,
-            described=described,
-        )
-
-
-def _probe(recipe: Recipe, model: nn.Module, draw: Draw) -> None:
-    """One evaluation before anything is written."""
-    t = torch.zeros(len(draw.x1), device=draw.x1.device)
-    check_call(model, draw.x1, t, {**draw.condition, **recipe.probe(draw.x1, t)})

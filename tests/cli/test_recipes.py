@@ -131,7 +131,7 @@ def test_stopped_while_making_pairs_it_goes_on_with_the_printed_command(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["rfkernels.training.train_recipe"], "teacher_pairs", stopped)
+        patch.setattr(sys.modules["rfkernels.training.pair_run"], "teacher_pairs", stopped)
         assert main(["train", "--run", str(run), *words]) == 130
     printed = capsys.readouterr().out.strip().splitlines()[-1].partition("to go on: rfkernels ")[2]
     assert printed

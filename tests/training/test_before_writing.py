@@ -13,6 +13,8 @@ from rfkernels.training import (
     TrainConfig,
     distill,
     from_dict,
+    invert_data,
+    load,
     make_pairs,
     reflow,
     to_dict,
@@ -131,6 +133,30 @@ def test_a_teacher_that_cannot_take_the_pairs_condition(tmp_path):
             few, DistillConfig(train=SMALL), sample_shape=(2,), pairs=pairs, run=tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_students_of_pairs_that_another_teacher_made(tmp_path):
+    """Neither the shape nor the labels are the teacher's to say."""
+    folder = tmp_path / "pairs"
+    make_pairs(mlp(num_classes=8), 16, (2,), steps=1, folder=folder, labels=LABELS[:16])
+    config, run = DistillConfig(train=SMALL), tmp_path / "run"
+    teacher = torch.nn.Linear(2, 2)  # says neither shape nor classes
+    result = distill(teacher, config, pairs=folder, student=mlp(num_classes=8), run=run)
+    assert (result.sample_shape, result.num_classes, result.conditional) == ((2,), 8, True)
+    assert load(run).num_classes == 8
+    with pytest.raises(TypeError, match="pairs: must be a PairStore or its folder; got tuple"):
+        distill(teacher, config, pairs=(X, X))
+
+
+@pytest.mark.parametrize("first", [-1, 4])
+def test_pairs_of_labels_that_the_network_does_not_have(tmp_path, first):
+    labels = torch.full((16,), 1)
+    labels[9] = first
+    with pytest.raises(ValueError, match=f"labels: must be from 0 to .*, 3; got {first}"):
+        make_pairs(mlp(num_classes=3), 16, (2,), steps=1, folder=tmp_path / "p", labels=labels)
+    with pytest.raises(ValueError, match=f"labels: must be from 0 to .*, 3; got {first}"):
+        invert_data(mlp(num_classes=3), (X[:16], labels), steps=1, folder=tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 def test_distances(tmp_path):

@@ -13,6 +13,7 @@ from rfkernels.training import (
     from_dict,
     to_dict,
 )
+from rfkernels.training.recipes import MeanFlow, PeRFlow, RectifiedFlowPlusPlus
 
 
 @pytest.mark.parametrize(
@@ -128,3 +129,14 @@ def test_unknown_keys_are_refused():
         from_dict(ReflowConfig, {"train": {"lr": 1}})
     with pytest.raises(TypeError, match="TrainConfig: must be a mapping"):
         from_dict(TrainConfig, [1])
+
+
+class MyStraightPath(flow.LinearPath):
+    """A path of the user's own."""
+
+
+@pytest.mark.parametrize("cls", [DistillConfig, MeanFlow, PeRFlow, RectifiedFlowPlusPlus])
+def test_a_straight_path_of_the_users_own_is_read_back_by_name(cls):
+    config = cls(train=TrainConfig(path=MyStraightPath()))
+    again = from_dict(cls, json.loads(json.dumps(to_dict(config))))
+    assert isinstance(again.train.path, OwnObject)

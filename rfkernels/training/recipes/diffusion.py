@@ -6,13 +6,23 @@ sigma_k x0 at whole indices k of its schedule, 0 next to the data.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from rfkernels.models.noise_prediction import NoisePrediction
 from rfkernels.ops.flow_loss import flow_loss
-from rfkernels.training.objective import Batch, Setting, SourceObjective
+from rfkernels.training.objective import (
+    Batch,
+    Setting,
+    SourceObjective,
+    condition_of,
+    source_of,
+    spread_times,
+)
 from rfkernels.training.option_checks import number, require
+from rfkernels.training.sources import Draw
 
 __all__ = ["DiffusionObjective", "check_diffusion_network", "check_guidance", "check_huber"]
 
@@ -24,6 +34,18 @@ def check_diffusion_network(name: str, network: nn.Module | None) -> NoisePredic
             f"{name}: must be a rfkernels.models.NoisePrediction; got {type(network).__name__}"
         )
     return network
+
+
+def check_teacher_grid(teacher: nn.Module | None, grid_steps: int) -> int:
+    """The steps of the teacher's schedule, which a DDIM grid of `grid_steps` must divide."""
+    total = check_diffusion_network("teacher", teacher).schedule.steps
+    require(
+        total % grid_steps == 0,
+        "grid_steps",
+        f"must divide the steps of the teacher's schedule, {total}",
+        grid_steps,
+    )
+    return total
 
 
 def check_huber(value: object) -> None:
@@ -38,7 +60,25 @@ def check_guidance(value: object) -> None:
 
 
 class DiffusionObjective(SourceObjective):
-    """Calls and losses in the form of a NoisePrediction."""
+    """Batches of both ends with a uniform number, and calls and losses in the form of a
+    NoisePrediction.
+
+    Batches hold x0, x1 and, as "t", the number in [0, 1) that a subclass makes an index or a time
+    of; `purpose` is what it is drawn for.
+    """
+
+    purpose: ClassVar[str]
+
+    def batch(self, step: int) -> Batch:
+        return self.both_ends(self.draw(step), self.uniform(self.purpose, step))
+
+    def held_out(self) -> Batch | None:
+        draw = self.source.held_out()
+        return None if draw is None else self.both_ends(draw, spread_times(draw))
+
+    def both_ends(self, draw: Draw, u: torch.Tensor) -> Batch:
+        """The batch of a draw and its uniform numbers (b,)."""
+        return {"x0": source_of(draw), "x1": draw.x1, "t": u, **condition_of(draw)}
 
     def check_same_schedule(self, student: nn.Module) -> None:
         """Refuses a student of another schedule than the teacher's, whose states it would misread."""

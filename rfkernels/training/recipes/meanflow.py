@@ -23,11 +23,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rfkernels.flow.paths import LinearPath, get_path
 from rfkernels.flow.times import LogitNormal, get_time_distribution
 from rfkernels.ops.flow_loss import flow_loss
 from rfkernels.ops.ode_step import linear_step
-from rfkernels.training.config import OwnObject, TrainConfig
+from rfkernels.training.config import OwnObject, TrainConfig, check_linear
 from rfkernels.training.objective import Batch, Setting, SourceObjective, batch_condition
 from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.recipe import Recipe
@@ -90,12 +89,7 @@ class MeanFlowOptions:
 def check_own_loss(train: TrainConfig) -> None:
     """Refuses a loss or a path of `train` that a recipe of flow maps would not use."""
     require(train.loss == "mse", "train.loss", "this recipe has its own loss", train.loss)
-    require(
-        isinstance(get_path(train.path), LinearPath),
-        "train.path",
-        "this recipe is of the linear path",
-        train.path,
-    )
+    check_linear(train, "this recipe is of the linear path")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rfkernels.flow.paths import LinearPath, get_path
-from rfkernels.training.config import Distance, OwnObject, TrainConfig
+from rfkernels.training.config import Distance, OwnObject, TrainConfig, check_linear
 from rfkernels.training.option_checks import require, whole
 
 __all__ = ["check_distance", "check_moment", "moment", "refuse_named"]
@@ -13,12 +12,7 @@ def check_distance(distance: str | Distance | OwnObject, train: TrainConfig) -> 
     """Refuses what is no distance of end points, and a path that one Euler step cannot follow."""
     if not callable(distance) and not isinstance(distance, OwnObject):
         require(distance == "l2", "distance", "must be 'l2' or a callable", distance)
-    require(
-        isinstance(get_path(train.path), LinearPath),
-        "train.path",
-        "a student of Euler steps learns the linear path",
-        train.path,
-    )
+    check_linear(train, "a student of Euler steps learns the linear path")
 
 
 def refuse_named(**options: object) -> None:

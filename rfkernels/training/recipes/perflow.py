@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rfkernels.flow.paths import LinearPath, get_path
 from rfkernels.models.noise_prediction import NoisePrediction
 from rfkernels.models.windowed_prediction import (
     EPSILON_TARGETS,
@@ -19,15 +18,13 @@ from rfkernels.models.windowed_prediction import (
 from rfkernels.ops.interpolate import interpolate
 from rfkernels.ops.ode_step import linear_step
 from rfkernels.sampling import get_solver, sample
+from rfkernels.training.config import check_linear
 from rfkernels.training.objective import (
     Batch,
     Setting,
     SourceObjective,
     batch_condition,
-    condition_of,
     per_sample,
-    source_of,
-    spread_times,
 )
 from rfkernels.training.option_checks import require, whole
 from rfkernels.training.recipes.diffusion import (
@@ -37,7 +34,6 @@ from rfkernels.training.recipes.diffusion import (
     whole_below,
 )
 from rfkernels.training.recipes.recipe import Recipe
-from rfkernels.training.sources import Draw
 
 __all__ = ["PeRFlow"]
 
@@ -97,12 +93,7 @@ class PeRFlow(Recipe):
             f"must be one of {', '.join(EPSILON_TARGETS)}",
             self.epsilon_target,
         )
-        require(
-            isinstance(get_path(self.train.path), LinearPath),
-            "train.path",
-            "windows are cut of the linear path",
-            self.train.path,
-        )
+        check_linear(self.train, "windows are cut of the linear path")
 
     def objective(self, setting: Setting) -> SourceObjective:
         refuse_unguidable(setting, self.guidance_scale)
@@ -113,21 +104,13 @@ class PeRFlow(Recipe):
 
 
 class _Windowed(DiffusionObjective):
-    """Batches hold x0, x1 and as "t" a time in [0, 1)."""
+    """t is a time in [0, 1)."""
+
+    purpose: ClassVar[str] = "window time"
 
     def __init__(self, setting: Setting, recipe: PeRFlow) -> None:
         super().__init__(setting)
         self._recipe = recipe
-
-    def batch(self, step: int) -> Batch:
-        return self._samples(self.draw(step), self.uniform("window time", step))
-
-    def held_out(self) -> Batch | None:
-        draw = self.source.held_out()
-        return None if draw is None else self._samples(draw, spread_times(draw))
-
-    def _samples(self, draw: Draw, t: torch.Tensor) -> Batch:
-        return {"x0": source_of(draw), "x1": draw.x1, "t": t, **condition_of(draw)}
 
 
 class PeRFlowObjective(_Windowed):

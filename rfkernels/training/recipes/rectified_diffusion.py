@@ -14,9 +14,6 @@ from rfkernels.training.objective import (
     Batch,
     Setting,
     batch_condition,
-    condition_of,
-    source_of,
-    spread_times,
 )
 from rfkernels.training.option_checks import require
 from rfkernels.training.recipes.diffusion import (
@@ -26,7 +23,6 @@ from rfkernels.training.recipes.diffusion import (
     whole_below,
 )
 from rfkernels.training.recipes.recipe import PairRecipe
-from rfkernels.training.sources import Draw
 
 __all__ = ["RectifiedDiffusion"]
 
@@ -81,21 +77,13 @@ class RectifiedDiffusion(PairRecipe):
 
 
 class RectifiedDiffusionObjective(DiffusionObjective):
-    """Batches hold the pairs and, as "t", a uniform number: the index is floor(t K)."""
+    """The index is floor(t K)."""
+
+    purpose: ClassVar[str] = "diffusion index"
 
     def __init__(self, setting: Setting, recipe: RectifiedDiffusion) -> None:
         super().__init__(setting)
         self._kind, self._huber_c = recipe.loss, recipe.huber_c
-
-    def batch(self, step: int) -> Batch:
-        return self._pairs(self.draw(step), self.uniform("diffusion index", step))
-
-    def held_out(self) -> Batch | None:
-        draw = self.source.held_out()
-        return None if draw is None else self._pairs(draw, spread_times(draw))
-
-    def _pairs(self, draw: Draw, u: torch.Tensor) -> Batch:
-        return {"x0": source_of(draw), "x1": draw.x1, "t": u, **condition_of(draw)}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         x0, x1 = batch["x0"], batch["x1"]

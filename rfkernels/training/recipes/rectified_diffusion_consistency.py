@@ -14,21 +14,18 @@ from rfkernels.training.objective import (
     Batch,
     Setting,
     batch_condition,
-    condition_of,
-    source_of,
-    spread_times,
 )
-from rfkernels.training.option_checks import require, whole
+from rfkernels.training.option_checks import whole
 from rfkernels.training.recipes.diffusion import (
     DiffusionObjective,
     check_diffusion_network,
     check_guidance,
     check_huber,
+    check_teacher_grid,
     refuse_unguidable,
     whole_below,
 )
 from rfkernels.training.recipes.recipe import Recipe
-from rfkernels.training.sources import Draw
 
 __all__ = ["RectifiedDiffusionConsistency"]
 
@@ -79,17 +76,13 @@ class RectifiedDiffusionConsistency(Recipe):
 
 
 class RectifiedDiffusionConsistencyObjective(DiffusionObjective):
-    """Batches hold x0, x1 and as "t" a uniform number that picks the place in the grid."""
+    """t picks the place in the grid."""
+
+    purpose: ClassVar[str] = "consistency index"
 
     def __init__(self, setting: Setting, recipe: RectifiedDiffusionConsistency) -> None:
         super().__init__(setting)
-        total = check_diffusion_network("teacher", self.teacher).schedule.steps
-        require(
-            total % recipe.grid_steps == 0,
-            "grid_steps",
-            f"must divide the steps of the teacher's schedule, {total}",
-            recipe.grid_steps,
-        )
+        total = check_teacher_grid(self.teacher, recipe.grid_steps)
         refuse_unguidable(setting, recipe.guidance_scale)
         self._recipe, self._stride = recipe, total // recipe.grid_steps
         self._average: NoisePrediction | None = None
@@ -97,16 +90,6 @@ class RectifiedDiffusionConsistencyObjective(DiffusionObjective):
     def attach(self, average: nn.Module) -> None:
         self.check_same_schedule(average)
         self._average = average
-
-    def batch(self, step: int) -> Batch:
-        return self._samples(self.draw(step), self.uniform("consistency index", step))
-
-    def held_out(self) -> Batch | None:
-        draw = self.source.held_out()
-        return None if draw is None else self._samples(draw, spread_times(draw))
-
-    def _samples(self, draw: Draw, u: torch.Tensor) -> Batch:
-        return {"x0": source_of(draw), "x1": draw.x1, "t": u, **condition_of(draw)}
 
     def indices(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(a, b): the neighbours in the grid, noisier first."""

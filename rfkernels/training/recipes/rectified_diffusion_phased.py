@@ -14,9 +14,6 @@ from rfkernels.training.objective import (
     Batch,
     Setting,
     batch_condition,
-    condition_of,
-    source_of,
-    spread_times,
 )
 from rfkernels.training.option_checks import require, whole
 from rfkernels.training.recipes.diffusion import (
@@ -24,11 +21,11 @@ from rfkernels.training.recipes.diffusion import (
     check_diffusion_network,
     check_guidance,
     check_huber,
+    check_teacher_grid,
     refuse_unguidable,
     whole_below,
 )
 from rfkernels.training.recipes.recipe import Recipe
-from rfkernels.training.sources import Draw
 
 __all__ = ["RectifiedDiffusionPhased"]
 
@@ -91,17 +88,13 @@ class RectifiedDiffusionPhased(Recipe):
 
 
 class RectifiedDiffusionPhasedObjective(DiffusionObjective):
-    """Batches hold x0, x1, the segment 0 .. M - 1, and as "t" a uniform number that places k."""
+    """Batches also hold the segment 0 .. M - 1; t places k in it."""
+
+    purpose: ClassVar[str] = "phased index"
 
     def __init__(self, setting: Setting, recipe: RectifiedDiffusionPhased) -> None:
         super().__init__(setting)
-        total = check_diffusion_network("teacher", self.teacher).schedule.steps
-        require(
-            total % recipe.grid_steps == 0,
-            "grid_steps",
-            f"must divide the steps of the teacher's schedule, {total}",
-            recipe.grid_steps,
-        )
+        total = check_teacher_grid(self.teacher, recipe.grid_steps)
         require(
             recipe.segments < total,
             "segments",
@@ -115,20 +108,15 @@ class RectifiedDiffusionPhasedObjective(DiffusionObjective):
         self.check_same_schedule(average)
 
     def batch(self, step: int) -> Batch:
-        count = self._recipe.segments
-        segment = whole_below(self.uniform("phased segment", step), count)
-        return self._samples(self.draw(step), segment, self.uniform("phased index", step))
+        segment = whole_below(self.uniform("phased segment", step), self._recipe.segments)
+        return {**super().batch(step), "segment": segment}
 
     def held_out(self) -> Batch | None:
-        draw = self.source.held_out()
-        if draw is None:
+        batch = super().held_out()
+        if batch is None:
             return None
-        segment = torch.arange(len(draw.x1), device=draw.x1.device) % self._recipe.segments
-        return self._samples(draw, segment, spread_times(draw))
-
-    def _samples(self, draw: Draw, segment: torch.Tensor, u: torch.Tensor) -> Batch:
-        samples = {"x0": source_of(draw), "x1": draw.x1, "segment": segment, "t": u}
-        return {**samples, **condition_of(draw)}
+        place = torch.arange(len(batch["t"]), device=batch["t"].device)
+        return {**batch, "segment": place % self._recipe.segments}
 
     def indices(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(a, k, e): where the segments of a batch start, where the student is asked, their ends."""

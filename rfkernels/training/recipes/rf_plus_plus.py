@@ -10,10 +10,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rfkernels.flow.paths import LinearPath, get_path
 from rfkernels.flow.times import UShaped
 from rfkernels.ops.flow_loss import flow_loss
-from rfkernels.training.config import OwnObject
+from rfkernels.training.config import OwnObject, check_linear
 from rfkernels.training.objective import Batch, Setting, SourceObjective, per_sample, spread_times
 from rfkernels.training.option_checks import number, require
 from rfkernels.training.recipes.options import refuse_named
@@ -122,12 +121,7 @@ class RectifiedFlowPlusPlus(PairRecipe):
                 f"the loss {self.chosen_loss!r} has no use for it",
                 self.huber_c,
             )
-        require(
-            isinstance(get_path(self.train.path), LinearPath),
-            "train.path",
-            "the pairs are joined by straight lines",
-            self.train.path,
-        )
+        check_linear(self.train, "the pairs are joined by straight lines")
 
     @property
     def chosen_loss(self) -> str:
