@@ -41,7 +41,7 @@ def noise():
         SDE(scale=1.5, diffusion="constant"),
         SDE(diffusion=lambda t: math.sqrt(2 * t * (1 - t))),
     ],
-    ids=str,
+    ids=["ancestral", "ancestral 0.5", "sde", "sde constant", "sde of a function"],
 )
 def test_the_flows_distribution_is_kept(solver, noise):
     x = sample(TARGET, noise, steps=400, solver=solver, seed=5)
