@@ -12,37 +12,32 @@ from rfkernels.optim import SGDP, AdamP
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.parallel import put
 
-OPTIMIZERS = ("adamw", "adamp", "sgdp")
-
 __all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors"]
 
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config.optimizer` names, AdamW where the config has no such field.
+    """The optimizer that `config.optimizer` names.
 
     "adamw" (Loshchilov and Hutter, 2019) is torch's fused kernel, Adam without weight decay;
     "adamp" and "sgdp" are those of rfkernels.optim, SGDP with the first of `config.betas` as its
     momentum.
     """
-    name = getattr(config, "optimizer", "adamw")
-    if name == "adamp":
+    if config.optimizer == "adamp":
         return AdamP(
             parameters,
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-    if name == "sgdp":
+    if config.optimizer == "sgdp":
         return SGDP(
             parameters,
             lr=config.learning_rate,
             momentum=config.betas[0],
             weight_decay=config.weight_decay,
         )
-    if name != "adamw":
-        raise ValueError(f"optimizer: must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(
         parameters,

@@ -65,6 +65,7 @@ PHASED = RectifiedDiffusionPhased(grid_steps=20, segments=2, train=SMALL)
 FINEST = RectifiedDiffusionPhased(grid_steps=40, segments=40, train=SMALL)
 CONSISTENCY = RectifiedDiffusionConsistency(grid_steps=10, train=SMALL)
 WINDOWS = PeRFlow(windows=2, train=SMALL)
+NARROWEST = PeRFlow(windows=40, train=SMALL)
 LATE = InstaFlowDistill(
     distance=per_sample,
     decoder=torch.nn.Linear(5, 3),
@@ -88,6 +89,13 @@ FEATURES = FeatureWeighted(features=torch.nn.Linear(5, 3), train=SMALL)
         (WINDOWS, diffusion(20), diffusion(), X, "model: must have the teacher's schedule"),
         (PHASED, diffusion(80), diffusion(), X, "model: must have the teacher's schedule"),
         (FINEST, None, diffusion(), X, "segments: must be fewer than the steps of .*, 40; got 40"),
+        (
+            NARROWEST,
+            None,
+            diffusion(),
+            X,
+            r"windows: must be fewer than the steps of .*, 40; got 40",
+        ),
         (CONSISTENCY, diffusion(80), diffusion(), X, "model: must have the teacher's schedule"),
         (WINDOWS, mlp(num_classes=8), mlp(), (X, LABELS), "teacher: cannot take the samples"),
         (

@@ -99,6 +99,9 @@ class PeRFlow(Recipe):
         refuse_unguidable(setting, self.guidance_scale)
         if isinstance(setting.teacher, NoisePrediction):
             check_windows(setting.teacher, self.windows, self.epsilon_target)
+            total = setting.teacher.schedule.steps
+            rule = f"must be fewer than the steps of the teacher's schedule, {total}"
+            require(self.windows < total, "windows", rule, self.windows)
             return PeRFlowNoiseObjective(setting, self)
         return PeRFlowObjective(setting, self)
 
