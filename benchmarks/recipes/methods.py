@@ -301,6 +301,15 @@ METHODS: dict[str, Callable[[Bench], Path]] = {
     "improved MeanFlow": lambda b: _flow_map(
         b, "improved-meanflow", recipes.ImprovedMeanFlow(train=b.config(b.both))
     ),
+    # The published times rarely visit t = 0, where one step begins.
+    "MeanFlow, uniform times": lambda b: _flow_map(
+        b, "meanflow-uniform", recipes.MeanFlow(times="uniform", train=b.config(b.both))
+    ),
+    "improved MeanFlow, uniform times": lambda b: _flow_map(
+        b,
+        "improved-meanflow-uniform",
+        recipes.ImprovedMeanFlow(times="uniform", train=b.config(b.both)),
+    ),
     # A quarter of the samples has two evaluations of the average.
     "shortcut": lambda b: _flow_map(b, "shortcut", recipes.Shortcut(train=b.config(b.both, 1.5))),
     "consistency FM": lambda b: b.recipe(
