@@ -75,31 +75,10 @@ def train_flow(
         raise TypeError(f"config: must be a TrainConfig; got {type(config).__name__}")
     check_start("train_flow", config, run)
     data = as_dataset(data)
-    source_data = None if x0 is None else as_dataset(x0)
-    device = check_model(model)
-    check_coupling(config, data, source_data)
-    conditional = is_conditional(model, data, config)
-    if conditional:
-        check_labels(model, data)
-    null_label = check_label_dropout(model, config, conditional)
-    source = DataSource(
-        data,
-        x0=source_data,
-        coupling=config.coupling,
-        seed=config.seed,
-        holdout=config.holdout,
-        conditional=conditional,
-        device=device,
-    )
+    check_model(model)
+    source, null_label, described = data_source(model, data, x0, config)
     objective = FlowObjective(Setting(source, config, null_label))
     check_output(model, objective)
-    classes = getattr(data, "num_classes", None) if conditional else None
-    described = {
-        "data": describe_data(data),
-        "source": None if source_data is None else describe_data(source_data),
-        "conditional": conditional,
-        "num_classes": classes,
-    }
     return run_trainer(
         "train_flow",
         "train",
@@ -113,6 +92,35 @@ def train_flow(
         sample_shape=data.sample_shape,
         described=described,
     )
+
+
+def data_source(
+    model: nn.Module, data: Data, x0: Samples | None, train: TrainConfig
+) -> tuple[DataSource, int | float | None, dict[str, Any]]:
+    """What a run on data draws from, the label that stands for none, and what config.json says of
+    both; refuses what does not fit."""
+    source_data = None if x0 is None else as_dataset(x0)
+    check_coupling(train, data, source_data)
+    conditional = is_conditional(model, data, train)
+    if conditional:
+        check_labels(model, data)
+    null_label = check_label_dropout(model, train, conditional)
+    source = DataSource(
+        data,
+        x0=source_data,
+        coupling=train.coupling,
+        seed=train.seed,
+        holdout=train.holdout,
+        conditional=conditional,
+        device=device_of(model),
+    )
+    described = {
+        "data": describe_data(data),
+        "source": None if source_data is None else describe_data(source_data),
+        "conditional": conditional,
+        "num_classes": getattr(data, "num_classes", None) if conditional else None,
+    }
+    return source, null_label, described
 
 
 def run_trainer(

@@ -12,22 +12,18 @@ from torch import nn
 from rfkernels.data import Data, as_dataset
 from rfkernels.training.checks import (
     check_call,
-    check_coupling,
-    check_label_dropout,
     check_labels,
     check_model,
     check_start,
-    is_conditional,
 )
 from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pair_run import open_pairs, run_on_pairs
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.recipes import PairRecipe, Recipe
-from rfkernels.training.sources import DataSource
 from rfkernels.training.teacher import AnyTeacher, Teacher, find_teacher
-from rfkernels.training.train import Samples, describe_data, run_trainer
-from rfkernels.training.trainer import RunResult, device_of
+from rfkernels.training.train import Samples, data_source, run_trainer
+from rfkernels.training.trainer import RunResult
 from rfkernels.training.trial import TRIAL, try_objective
 
 __all__ = ["train_recipe"]
@@ -148,38 +144,18 @@ def _on_data(
     resume: bool,
     progress: bool,
 ) -> RunResult:
-    name, train, device = recipe.name, recipe.train, device_of(model)
-    source_data = None if x0 is None else as_dataset(x0)
-    check_coupling(train, data, source_data)
-    conditional = is_conditional(model, data, train)
-    if conditional:
-        check_labels(model, data)
-    null_label = check_label_dropout(model, train, conditional)
-    source = DataSource(
-        data,
-        x0=source_data,
-        coupling=train.coupling,
-        seed=train.seed,
-        holdout=train.holdout,
-        conditional=conditional,
-        device=device,
-    )
+    name, train = recipe.name, recipe.train
+    source, null_label, described = data_source(model, data, x0, train)
     draw = source.draw(0, min(TRIAL, train.batch_size))
-    zero = torch.zeros(len(draw.x1), device=device)
+    zero = torch.zeros(len(draw.x1), device=source.device)
     check_call(model, draw.x1, zero, {**draw.condition, **recipe.probe(draw.x1, zero)})
     frozen = None if teacher is None else teacher.model
     if recipe.teacher == "required":
-        if conditional:
+        if described["conditional"]:
             check_labels(frozen, data)
         check_call(frozen, draw.x1, zero, draw.condition, "teacher")
     try_objective(name, recipe.objective, model, draw, train, null_label, frozen)
-    described = {
-        "data": describe_data(data),
-        "source": None if source_data is None else describe_data(source_data),
-        "teacher_sha256": None if frozen is None else model_hash(frozen),
-        "conditional": conditional,
-        "num_classes": getattr(data, "num_classes", None) if conditional else None,
-    }
+    described["teacher_sha256"] = None if frozen is None else model_hash(frozen)
     setting = Setting(source, train, null_label, frozen)
     return run_trainer(
         name,
