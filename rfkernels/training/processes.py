@@ -7,6 +7,7 @@ or gradients (`parallel.py` does, by DDP and FSDP2).
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -69,6 +70,9 @@ def leave_processes() -> None:
     """Undoes `join_processes`."""
     if dist.is_available() and dist.is_initialized():
         _control.cache_clear()
+        # Networks in shards hold the group in reference cycles; one that is freed while Python ends
+        # can abort the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
