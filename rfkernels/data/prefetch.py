@@ -101,8 +101,9 @@ class Prefetch:
             arrays = [part.result(timeout=self.timeout) for part in parts]
         except BrokenExecutor as error:
             raise RuntimeError(
-                f"prefetch: a worker process died while it read {self.name} (killed, or out of "
-                "memory?); the batch was not delivered. Fewer workers, or kind=thread, need less memory"
+                f"prefetch: a worker process died while it read {self.name} (killed, out of "
+                "memory, or unable to import the data set's class?); the batch was not delivered. Fewer workers, or "
+                "kind=thread, need less memory"
             ) from error
         except FutureTimeoutError as error:
             raise RuntimeError(

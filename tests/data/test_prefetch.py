@@ -1,9 +1,8 @@
 """Reading ahead changes no sample; faults and dead workers are errors, never gaps or hangs."""
 
-import os
-import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,18 +22,6 @@ class Numbers:
         with self.lock:
             self.read += index.tolist()
         return Rows(index[:, None].float(), index.clone())
-
-
-class Deadly(Numbers):
-    """Kills the process that reads sample 7."""
-
-    def __getstate__(self):
-        return {}
-
-    def rows(self, index):
-        if 7 in index.tolist():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return Rows(index[:, None].float(), None)
 
 
 class Faulty(Numbers):
@@ -104,7 +91,10 @@ def test_a_fault_comes_when_its_sample_is_asked_for():
                 assert torch.equal(ahead.rows(index).x[:, 0].long(), index)
 
 
-def test_processes_read_the_same_and_a_dead_one_is_an_error():
+def test_processes_read_the_same_and_a_dead_one_is_an_error(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # workers get the path, too
+    from deadly_numbers import Deadly
+
     with Prefetch(Deadly(), workers=2, ahead=1, kind="process") as ahead:
         index = torch.tensor([5, 1, 2])
         assert torch.equal(ahead.rows(index).x[:, 0].long(), index)

@@ -30,11 +30,12 @@ def load_network(folder: Path, served: tuple[str, ...], dtype: torch.dtype | Non
         ImportError, FileNotFoundError, TypeError, ValueError: as `velocity_from_pretrained`.
     """
     try:
+        import accelerate  # noqa: F401 (diffusers loads networks with mixed weights by it)
         import diffusers
     except ImportError as error:
         raise ImportError(
-            "velocity_from_pretrained: needs diffusers; install it with: pip install "
-            '"rfkernels[diffusers]"'
+            "velocity_from_pretrained: needs diffusers and accelerate; install them with: pip "
+            'install "rfkernels[diffusers]"'
         ) from error
     if not folder.is_dir():
         raise FileNotFoundError(f"source: {folder} is no folder")
