@@ -216,7 +216,7 @@ def _backend_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Which backend serves which op", title_justify="left", title_style="bold")
     columns = list(dict.fromkeys(_column(row) for row in rows))
     reasons = list(dict.fromkeys(str(row["reason"]) for row in rows if not row["available"]))
-    table.add_column("op", style="bold")
+    table.add_column("op", style="bold", min_width=max(len(str(row["op"])) for row in rows))
     for column in columns:
         table.add_column(column, justify="center")
     for op in dict.fromkeys(row["op"] for row in rows):
