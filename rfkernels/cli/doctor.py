@@ -213,7 +213,13 @@ def _column(row: dict[str, Any]) -> str:
 
 def _backend_table(rows: list[dict[str, Any]]) -> Table:
     """Ops down, backends across; an empty cell carries the number of its reason below the table."""
-    table = Table(title="Which backend serves which op", title_justify="left", title_style="bold")
+    table = Table(
+        title="Which backend serves which op",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = list(dict.fromkeys(_column(row) for row in rows))
     reasons = list(dict.fromkeys(str(row["reason"]) for row in rows if not row["available"]))
     table.add_column("op", style="bold", min_width=max(len(str(row["op"])) for row in rows))
