@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops.projected_update import check_options, projected_update
+from rfkernels.optim.shards import is_dtensor, local_part
 
 __all__ = ["Projected"]
 
@@ -115,11 +115,11 @@ class Projected(torch.optim.Optimizer):
             state = self.state[p] or self._new_state(p)
             shard, total, moments = None, 0, [state[name] for name in self._moments]
             tensors = [p, grad, average, *moments]
-            if type(p) is not torch.nn.Parameter and _is_dtensor(p):
+            if type(p) is not torch.nn.Parameter and is_dtensor(p):
                 # Elements of vectors do not depend on each other: nothing is asked of other shards.
                 shard = _shard_group(type(self).__name__, p) if dims > 1 else None
                 total = p.numel()
-                tensors = [_local(t) for t in tensors]
+                tensors = [local_part(t) for t in tensors]
             key = (p.device, shard)
             if key not in calls:
                 calls[key] = _Call()
@@ -181,23 +181,14 @@ def _on_device(lr: float | torch.Tensor, device: torch.device) -> float | torch.
     return float(lr) if lr.is_cpu else lr.to(device)
 
 
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.to_local() if tensor is not None and _is_dtensor(tensor) else tensor
-
-
 def _shard_group(name: str, p: torch.Tensor):
     """The process group over which the rows of a DTensor are split; None where they are not.
 
     Raises:
         ValueError: split in another way, or the gradient in another way than the parameter.
     """
-    if not _is_dtensor(p.grad) or p.grad.placements != p.placements:
-        got = p.grad.placements if _is_dtensor(p.grad) else "an ordinary tensor"
+    if not is_dtensor(p.grad) or p.grad.placements != p.placements:
+        got = p.grad.placements if is_dtensor(p.grad) else "an ordinary tensor"
         raise ValueError(
             f"{name}: a gradient must have the placements of its parameter, {p.placements}; got {got}"
         )

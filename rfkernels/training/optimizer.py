@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rfkernels.optim import SGDP, AdamP
+from rfkernels.optim.shards import is_dtensor
 from rfkernels.training.config import TrainConfig
 from rfkernels.training.parallel import put
 
@@ -69,7 +69,7 @@ def load_optimizer(
         state.setdefault(name, {})[entry] = value
     for name, parameter in model.named_parameters():
         for entry, value in state.get(name, {}).items():
-            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            if is_dtensor(parameter) and value.shape == parameter.shape:
                 kept = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             else:
                 # Fresh memory of torch's own: a tensor that lies in a mapped file has another

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rfkernels.optim.shards import is_dtensor, local_part
 from rfkernels.training.objective import Batch, Objective
 from rfkernels.training.processes import processes
 
@@ -119,7 +119,7 @@ def shard(model: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process has only a part of the weights."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(is_dtensor(p) for p in model.parameters())
 
 
 def make_parallel(model: nn.Module, objective: Objective, kind: str) -> Parallel:
@@ -132,12 +132,12 @@ def make_parallel(model: nn.Module, objective: Objective, kind: str) -> Parallel
 
 def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """What this process has of each; the tensor itself where it is whole."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [local_part(t) for t in tensors]
 
 
 def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole tensors of sharded ones, in every process."""
-    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    return {n: t.full_tensor() if is_dtensor(t) else t for n, t in tensors.items()}
 
 
 @torch.no_grad()
@@ -149,7 +149,9 @@ def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """
     if value.shape != tensor.shape:
         raise ValueError(f"must have the shape {tuple(tensor.shape)}; got {tuple(value.shape)}")
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(
             value.to(tensor.device), tensor.device_mesh, list(tensor.placements)
         )

@@ -134,7 +134,7 @@ class Trainer:
             if self._here.count > 1 and config.parallel == "fsdp":
                 shard(self.model)
                 shard(self._ema.model)
-            self._ema.bind()
+                self._ema.bind()
             self.objective.attach(self._ema.model)
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = make_optimizer(self._parameters, config)
