@@ -16,7 +16,7 @@ from rfkernels.metrics.features import load_features
 from rfkernels.metrics.real_data import RealData, real_data
 from rfkernels.metrics.transport import transport_cost
 from rfkernels.metrics.yardstick import DEFAULT_METRICS, METRICS, Features, Yardstick
-from rfkernels.sampling.solvers import get_solver
+from rfkernels.sampling.solvers import evaluations, get_solver
 
 __all__ = ["FLOW_METRICS", "Evaluation", "EvaluationRow", "evaluate"]
 
@@ -251,5 +251,5 @@ def _described(features: str | Features, train: Tensor) -> str:
 
 def _guess(solver: str, steps: int | None) -> int:
     """About how many evaluations a sample takes, for the bar."""
-    each = {"midpoint": 2, "heun": 2, "taylor": 2, "rk4": 4}.get(solver, 1)
-    return 60 if steps is None else each * steps
+    known = None if steps is None else evaluations(solver, steps)
+    return 60 if known is None else known

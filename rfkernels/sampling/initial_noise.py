@@ -3,21 +3,19 @@ noise instead of the predicted one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from rfkernels.sampling.field import Field
-from rfkernels.sampling.run import Run, Solution
+from rfkernels.sampling.field import Field, State
+from rfkernels.sampling.fixed import FixedStepSolver, Step
+from rfkernels.sampling.run import Run
 
 __all__ = ["InitialNoise"]
 
 
 @dataclass(frozen=True)
-class InitialNoise:
+class InitialNoise(FixedStepSolver):
     """A few-step sampler for reflowed models, one evaluation a step; not a solver of the ODE.
 
     With z the state at t = 0 and the data estimate x1 = x + (1 - t) v(x, t), a step to t' is::
@@ -40,14 +38,10 @@ class InitialNoise:
     """
 
     name: ClassVar[str] = "rf++"
-    adaptive: ClassVar[bool] = False
-    stochastic: ClassVar[bool] = False
-    per_step: ClassVar[int] = 1
-    besides: ClassVar[int] = 0
+    tensors: ClassVar[int] = 1
 
-    def integrate(self, field: Field, x0: Tensor, run: Run) -> Solution:
-        """Walk ``run.times`` from x0; see :class:`rfkernels.sampling.run.Solver`."""
-        times = run.times
+    def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
+        """The initial noise."""
         if times[-1] < times[0]:
             raise ValueError(
                 "invert: solver 'rf++' needs the initial noise, which inversion looks for; take "
@@ -58,16 +52,10 @@ class InitialNoise:
                 "sample: solver 'rf++' needs the noise at t = 0, so t_start must be 0; got "
                 f"{times[0]}"
             )
-        field.reserve(1, 1)
-        state = field.start(x0)
-        kept, noise, count = [x0], state.x, len(times) - 1
-        for index, (start, end) in enumerate(pairwise(times)):
-            velocity = field(state, start)
-            state = field.combine(state.x, end, [(end * (1 - start), velocity)], [(1 - end, noise)])
-            if run.keep_trajectory:
-                kept.append(state.model_input)
-            if run.callback is not None:
-                run.callback(index, field.time(end, state), state.model_input)
-            run.progress((index + 1) / count)
-        trajectory = torch.stack(kept) if run.keep_trajectory else None
-        return Solution(state.model_input, field.calls, trajectory)
+        return [state.x]
+
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
+        """t' x1 + (1 - t') z."""
+        start, end, noise = interval.start, interval.end, history[0]
+        velocity = field(state, start)
+        return field.combine(state.x, end, [(end * (1 - start), velocity)], [(1 - end, noise)])
