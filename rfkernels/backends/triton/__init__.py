@@ -15,18 +15,9 @@ import sys
 
 import torch
 
-launches: dict[str, int] = dict.fromkeys(
-    (
-        "ode_step",
-        "interpolate",
-        "flow_loss",
-        "random",
-        "quantize",
-        "attention",
-        "projected_update",
-    ),
-    0,
-)
+from rfkernels._dispatch import OPS
+
+launches: dict[str, int] = dict.fromkeys(OPS, 0)
 
 OLDEST = (
     3,

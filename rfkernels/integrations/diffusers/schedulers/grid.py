@@ -75,6 +75,19 @@ def _resampled(config: dict[str, Any], sigmas: np.ndarray) -> np.ndarray:
     return sigmas
 
 
+def _shifted(
+    config: dict[str, Any], shift: float, mu: float | None, levels: np.ndarray
+) -> np.ndarray:
+    """The dynamic shift by mu or the static one, then the stretch to a terminal level."""
+    if config["use_dynamic_shifting"]:
+        levels = time_shift(config["time_shift_type"], mu, 1.0, levels)
+    else:
+        levels = static_shift(levels, shift)
+    if config["shift_terminal"]:
+        levels = stretch_to_terminal(levels, config["shift_terminal"])
+    return levels
+
+
 def _flow_match(
     config: dict[str, Any],
     shift: float,
@@ -95,13 +108,7 @@ def _flow_match(
         if config["single_shift"] and not config["use_dynamic_shifting"]:
             largest, smallest = 1.0, 1 / count
         levels = np.linspace(largest * count, smallest * count, steps) / count
-    if config["use_dynamic_shifting"]:
-        levels = time_shift(config["time_shift_type"], mu, 1.0, levels)
-    else:
-        levels = static_shift(levels, shift)
-    if config["shift_terminal"]:
-        levels = stretch_to_terminal(levels, config["shift_terminal"])
-    levels = _resampled(config, levels).astype(np.float32)
+    levels = _resampled(config, _shifted(config, shift, mu, levels)).astype(np.float32)
     if given is not None and (config["explicit_timesteps"] == "keep" or sigmas is not None):
         times = given
     else:
@@ -129,12 +136,7 @@ def _unipc(
             levels = np.linspace(1, 1 / count, steps + 1)[:-1]
         else:
             levels = np.array(sigmas)
-        if config["use_dynamic_shifting"]:
-            levels = time_shift(config["time_shift_type"], mu, 1.0, levels)
-        else:
-            levels = static_shift(levels, shift)
-        if config["shift_terminal"]:
-            levels = stretch_to_terminal(levels, config["shift_terminal"])
+        levels = _shifted(config, shift, mu, levels)
         if np.fabs(levels[0] - 1) < _BEFORE_NOISE:
             levels[0] -= _BEFORE_NOISE
     last = levels[-1] if config["final_sigmas_type"] == "sigma_min" else 0
