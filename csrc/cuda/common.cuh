@@ -38,6 +38,22 @@ __host__ __device__ __forceinline__ int item_size(int dtype) {
   Type* const name = reinterpret_cast<Type*>(rfk_dynamic)
 #endif
 
+// Square roots rounded as IEEE asks, and sums over lanes.
+__device__ __forceinline__ float root(float value) {
+#if defined(RFK_CUDA_EMULATION)
+  return sqrtf(value);
+#else
+  return __fsqrt_rn(value);
+#endif
+}
+__device__ __forceinline__ double root(double value) { return sqrt(value); }
+
+// Sum over lanes whose numbers differ in the low bits of `width` (a power of two up to 32); every lane gets it.
+__device__ __forceinline__ double lanes_sum(double value, int width) {
+  for (int step = 1; step < width; step *= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
 // conversions ------------------------------------------------------------------------------------------------------
 
 #if defined(RFK_CUDA_EMULATION)

@@ -66,25 +66,10 @@ struct StridedLoss {
   int64_t sample_stride[kUsed];
 };
 
-__device__ __forceinline__ float root(float value) {
-#if defined(RFK_CUDA_EMULATION)
-  return sqrtf(value);
-#else
-  return __fsqrt_rn(value);
-#endif
-}
-__device__ __forceinline__ double root(double value) { return sqrt(value); }
-
-// Sum over lanes whose numbers differ in the low bits of `width` (a power of two up to 32); every lane gets it.
-__device__ __forceinline__ double group_sum(double value, int width) {
-  for (int step = 1; step < width; step *= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
 // Sum over the block; every thread gets it. `parts` is used once in a kernel.
 __device__ __forceinline__ double block_sum(double value, double* parts) {
   const int thread = static_cast<int>(threadIdx.x);
-  value = group_sum(value, 32);
+  value = lanes_sum(value, 32);
   if (thread % 32 == 0) parts[thread / 32] = value;
   __syncthreads();
   double total = parts[0];
@@ -251,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) loss_strided(const __grid_constant__
       store_element(p.grad.data, p.grad.dtype, place, grad);
     });
     const double total = whole_block ? block_sum(static_cast<double>(sum), parts)
-                                     : group_sum(static_cast<double>(sum), p.group);
+                                     : lanes_sum(static_cast<double>(sum), p.group);
     const bool leads = lane == 0 && valid;
     if (p.segments > 1) {
       if (leads) p.workspace[unit] = total;

@@ -45,21 +45,6 @@ struct Batch {
   double beta1, beta2, eps, weight_decay, delta, decay_ratio, average_decay;
 };
 
-__device__ __forceinline__ float root(float value) {
-#if defined(RFK_CUDA_EMULATION)
-  return sqrtf(value);
-#else
-  return __fsqrt_rn(value);
-#endif
-}
-__device__ __forceinline__ double root(double value) { return sqrt(value); }
-
-// Sum over lanes whose numbers differ in the low bits of `width`; every lane gets it.
-__device__ __forceinline__ double lanes_sum(double value, int width) {
-  for (int step = 1; step < width; step *= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
 // Sum over the `group` threads of a segment; every thread of the block calls it, every thread of the group gets it.
 __device__ __forceinline__ double group_sum(double value, int group, double* parts) {
   if (group <= 32) return lanes_sum(value, group);
