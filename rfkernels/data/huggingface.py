@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from rfkernels.data.captions import caption_vectors
 from rfkernels.data.dataset import Rows
 from rfkernels.data.decode import as_samples, check_image_options, decode_image
 from rfkernels.data.order import block_order, locate
-from rfkernels.data.whole_file import write_json_whole
+from rfkernels.data.whole_file import read_json_kept, write_json_whole
 
 __all__ = ["HuggingFaceData", "HuggingFaceStream", "from_huggingface", "load_huggingface"]
 
@@ -180,7 +179,7 @@ class HuggingFaceStream:
         self._lock = Lock()
         self._initial = columns.data.state_dict()
         file = None if cache is None else Path(cache)
-        kept = _read_states(file, block)
+        kept = read_json_kept(file, "block", block)
         if kept is None:
             kept = self._count()
             if file is not None:
@@ -251,17 +250,6 @@ class HuggingFaceStream:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(block)
         return self._blocks[block]
-
-
-def _read_states(file: Path | None, block: int) -> dict[str, Any] | None:
-    """The counted states in a file; None where it is absent, torn, or of other blocks."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return kept if isinstance(kept, dict) and kept.get("block") == block else None
 
 
 def _digest(example: dict[str, Any]) -> str:

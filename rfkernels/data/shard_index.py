@@ -8,7 +8,6 @@ with the same key (folder included) are one sample. Nothing is ever extracted to
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 import warnings
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from rfkernels.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_integer
-from rfkernels.data.whole_file import write_json_whole
+from rfkernels.data.whole_file import read_json_kept, write_json_whole
 
 __all__ = ["FIELDS", "ShardIndex", "ShardSummary", "index_shards", "read_shard", "scan_shard"]
 
@@ -172,7 +171,7 @@ class IndexCache:
     def index(self, shard: Path) -> ShardIndex:
         """Of one shard, from its file or scanned."""
         file = self._file(shard)
-        kept = _read(file, _state(shard))
+        kept = read_json_kept(file, "state", _state(shard))
         if kept is not None:
             return ShardIndex(kept["keys"], _arrays(kept["fields"]))
         state = _state(shard)
@@ -189,7 +188,7 @@ class IndexCache:
         file = None
         if self.folder is not None:
             file = self.folder / f"set-{hashlib.sha256(names.encode()).hexdigest()[:12]}.json"
-        kept = _read(file, states)
+        kept = read_json_kept(file, "state", states)
         if kept is not None:
             return [ShardSummary(*row) for row in kept["shards"]]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -202,17 +201,6 @@ class IndexCache:
         index = self.index(shard)
         complete = [name for name, column in index.fields.items() if (column[:, 0] >= 0).all()]
         return ShardSummary(len(index.keys), complete, _classes(shard, index))
-
-
-def _read(file: Path | None, state: Any) -> dict[str, Any] | None:
-    """The content of an index file; None where it is absent, torn or of another state."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return kept if isinstance(kept, dict) and kept.get("state") == state else None
 
 
 def index_shards(

@@ -1,14 +1,26 @@
-"""JSON files that are whole or absent, whoever else writes the same one."""
+"""JSON files that are whole or absent, whoever else writes the same one: caches of what a data set holds."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json_whole"]
+__all__ = ["read_json_kept", "write_json_whole"]
+
+
+def read_json_kept(file: Path | None, key: str, value: Any) -> dict[str, Any] | None:
+    """The object in a file if its entry `key` is `value`; None where the file is absent, torn, or
+    kept for something else."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return kept if isinstance(kept, dict) and kept.get(key) == value else None
 
 
 def write_json_whole(file: Path, value: Any) -> None:
@@ -20,12 +32,12 @@ def write_json_whole(file: Path, value: Any) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with temporary.open("x", encoding="utf-8") as stream:
             json.dump(value, stream, separators=(",", ":"), allow_nan=False)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).replace(file)
+        temporary.replace(file)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
