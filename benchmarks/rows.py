@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 _COLUMNS = """
@@ -18,13 +19,25 @@ _LATER = {"sqnr_db"}  # files measured before it was there stay readable
 Row = dict[str, str]
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, rows: list[Row], columns: Sequence[str] = COLUMNS) -> None:
     """Replaces the file by these rows; a reader sees the old file or the new one, never half of it."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(path, text.getvalue().encode())
+
+
+def between(text: str, begin: str, end: str, content: str) -> str:
+    """The text with what stands between two markers replaced.
+
+    Raises:
+        ValueError: not exactly one pair of them, in order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"into: the file must have one {begin} and after it one {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -94,18 +94,6 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def between_markers(text: str, content: str) -> str:
-    """The text with what stands between the markers replaced.
-
-    Raises:
-        ValueError: not exactly one pair of markers, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"into: the file must have one {BEGIN} and after it one {END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.partition(END)[2]}"
-
-
 def plot(rows: list[Row]) -> bytes:
     """A PNG: for every size the ratios of the best eager and of torch.compile to ours, and what bytes allow."""
     import matplotlib
@@ -169,7 +157,7 @@ def main(command_line: list[str] | None = None) -> int:
             raise ValueError(f"{options.results}: there is no row of this package's flow ops in it")
         content = table(rows, options.all)
         if options.into:
-            text = between_markers(options.into.read_text(), content)
+            text = files.between(options.into.read_text(), BEGIN, END, content)
             files.replace_file(options.into, text.encode())
         if options.plot:
             files.replace_file(options.plot, plot(rows))

@@ -251,11 +251,7 @@ def between(text: str, name: str, content: str) -> str:
     Raises:
         ValueError: not exactly one pair of them, in order.
     """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"tables: the page must have one {begin} and after it one {end}")
-    head, _, rest = text.partition(begin)
-    return f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+    return files.between(text, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", content)
 
 
 def main(command_line: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from pathlib import Path
 
@@ -68,15 +67,6 @@ def measure(bench: Bench, name: str, folder: Path, draws: int) -> list[dict[str,
     return lines
 
 
-def write(path: Path, lines: list[dict[str, str]]) -> None:
-    """Replaces the result file."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    files.replace_file(path, text.getvalue().encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("budget", choices=sorted(BUDGETS))
@@ -95,7 +85,7 @@ def main() -> None:
         bench = Bench(BUDGETS[options.budget], options.runs)
         folder = METHODS[name](bench)
         lines += measure(bench, name, folder, options.draws)
-        write(options.out, lines)
+        files.write(options.out, lines, COLUMNS)
 
 
 if __name__ == "__main__":

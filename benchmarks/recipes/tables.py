@@ -11,8 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rows as files
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "recipes.md"
@@ -82,10 +87,8 @@ def write(page: str) -> str:
     parts = [table(rows) for dataset in TITLES if (rows := read(dataset))]
     if not parts:
         return page
-    before, rest = page.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
     body = "\n\n".join([LEGEND, "![one-step quality](recipes.png)", *parts])
-    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+    return files.between(page, BEGIN, END, body)
 
 
 def plot(target: Path) -> None:
@@ -135,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plots", action="store_true", help="docs/recipes.png as well")
     options = parser.parse_args()
-    PAGE.write_text(write(PAGE.read_text()))
+    files.replace_file(PAGE, write(PAGE.read_text()).encode())
     if options.plots:
         plot(ROOT / "docs" / "recipes.png")
 

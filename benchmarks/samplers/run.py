@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,15 +151,6 @@ def one(
     return line
 
 
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Replaces the result file."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    files.replace_file(path, text.getvalue().encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="a run's folder; else the ring")
@@ -177,7 +167,8 @@ def main() -> None:
             lines = [row for row in csv.DictReader(stream) if row["field"] != flow.name]
     machine = environment("cpu")
     stamp = {key: machine[key] for key in COLUMNS if key in machine}
-    write(options.out, lines + [{**line, **stamp} for line in measure(flow)])
+    rows = lines + [{**line, **stamp} for line in measure(flow)]
+    files.write(options.out, rows, COLUMNS)
 
 
 if __name__ == "__main__":

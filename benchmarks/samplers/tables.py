@@ -135,12 +135,10 @@ def main() -> None:
         if options.plot is None:
             print(text)
         return
-    page = options.into.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{options.into}: must hold {BEGIN} and {END}")
-    page = f"{before}{BEGIN}\n{text}\n{END}{after}"
+    try:
+        page = files.between(options.into.read_text(encoding="utf-8"), BEGIN, END, text)
+    except ValueError as error:
+        parser.error(str(error))
     files.replace_file(options.into, page.encode())
 
 
