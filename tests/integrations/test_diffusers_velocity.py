@@ -35,6 +35,7 @@ def condition(name):
     return {
         "SD3": {"encoder_hidden_states": text(), "pooled_projections": torch.randn(2, 32)},
         "Flux": {"encoder_hidden_states": text(), "pooled_projections": torch.randn(2, 32)},
+        "Flux2": {"encoder_hidden_states": text()},
         "Wan": {"encoder_hidden_states": text()},
         "UNet2DCondition": {"encoder_hidden_states": text()},
         "DiT": {"y": torch.tensor([1, 5])},
@@ -85,6 +86,36 @@ def test_flux_by_the_pipelines_own_packing():
     assert not torch.equal(told[1], found[1])
     with pytest.raises(ValueError, match="x: FLUX latents must have even sides; got 7 x 8"):
         field(torch.randn(2, 4, 7, 8), T, **given)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_flux2_by_the_pipelines_own_packing(guided):
+    """Places with four axes, words along the last; a guidance embedding, or none, as in klein."""
+    from diffusers import Flux2Pipeline
+
+    inner, given = network("Flux2", guidance_embeds=guided), condition("Flux2")
+    field = velocity_from_pretrained(inner, guidance=2.0)
+    x = torch.randn(2, 4, 3, 5)
+    places = Flux2Pipeline._prepare_latent_ids(x)
+    arguments = {
+        "hidden_states": Flux2Pipeline._pack_latents(x),
+        "timestep": 1 - T,
+        "img_ids": places,
+        "txt_ids": Flux2Pipeline._prepare_text_ids(given["encoder_hidden_states"]),
+        **given,
+    }
+    with torch.no_grad():
+        out = inner(**arguments, guidance=torch.full((2,), 2.0)).sample
+        usual = inner(**arguments, guidance=torch.full((2,), 4.0)).sample
+        found = field(x, T, **given)
+        told = field(x, T, **given, guidance=torch.tensor([2.0, 5.0]))
+        default = velocity_from_pretrained(inner)(x, T, **given)
+    assert torch.equal(found, -Flux2Pipeline._unpack_latents_with_ids(out, places))
+    assert torch.equal(default, -Flux2Pipeline._unpack_latents_with_ids(usual, places))
+    assert torch.equal(told[0], found[0])
+    assert torch.equal(told[1], found[1]) is not guided
+    order = velocity_from_pretrained(inner)(x, T, **given, txt_ids=torch.zeros(7, 4))
+    assert not torch.equal(order, default)  # the words' places matter
 
 
 def test_sampling_is_the_schedulers_loop():
@@ -140,6 +171,7 @@ SHAPES = {
     "DiT": (4, 8, 8),
     "UNet2DCondition": (4, 8, 8),
     "Flux": (4, 8, 8),
+    "Flux2": (4, 4, 4),
     "Wan": (4, 2, 8, 8),
 }
 
@@ -154,7 +186,7 @@ def test_saved_trained_and_sampled(name, tmp_path):
     labelled = name not in ("UNet2D",)
     if labelled and name != "DiT":
         options["prompts"] = prompts(name)
-    if name in ("Flux", "Wan"):
+    if name in ("Flux", "Flux2", "Wan"):
         options["sample_shape"] = SHAPES[name]
     model = velocity_from_pretrained(tmp_path / "net", **options)
     assert not model.training

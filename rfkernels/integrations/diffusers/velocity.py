@@ -9,7 +9,7 @@ Networks that predict noise or v on a schedule become a `rfkernels.models.NoiseP
     x1 = rf.sample(velocity, x0, steps=28, condition={"encoder_hidden_states": ..., ...})
 
 What is served: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel,
-FluxTransformer2DModel, WanTransformer3DModel, and subclasses of them.
+FluxTransformer2DModel, Flux2Transformer2DModel, WanTransformer3DModel, and subclasses of them.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ class DiffusersNetwork(nn.Module):
             each sample; without y the last row is taken, which should be that of the empty prompt.
             They stay out of the state dict. SDXL's ``text_embeds`` and ``time_ids`` count as
             arguments.
-        guidance: what a FLUX network with a guidance embedding is told.
+        guidance: what a FLUX or FLUX.2 network with a guidance embedding is told; None for the default of
+            its pipeline, 3.5 for FLUX and 4 for FLUX.2.
         null_label: of a class-conditional network, the label for no condition; None for DiT's own,
             the one after its classes.
         sample_shape: shape of one sample; None for that of the network's config, where it has one.
 
     `forward`: x (B, C, H, W), for Wan (B, C, frames, H, W); timestep (B,) in the network's own units.
-    Condition tensors have the batch first. With class labels, ``y`` is them.
+    FLUX latents are those of its autoencoder. FLUX.2's are what its pipeline takes as ``latents``: patches
+    of 2 x 2 in the channels, normalized, as many channels as the network has. Condition tensors have the
+    batch first. With class labels, ``y`` is them.
 
     Raises:
         TypeError: for a network that is not served. ValueError: prompts that do not fit.
@@ -56,13 +59,14 @@ class DiffusersNetwork(nn.Module):
         network: nn.Module,
         *,
         prompts: Mapping[str, Tensor] | None = None,
-        guidance: float = 3.5,
+        guidance: float | None = None,
         null_label: int | None = None,
         sample_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.family = _family_of(network)
-        self.network, self.guidance = network, float(guidance)
+        self.network = network
+        self.guidance = self.family.guidance if guidance is None else float(guidance)
         self.sample_shape = _sample_shape(network) if sample_shape is None else tuple(sample_shape)
         self._prompts = _checked_prompts(prompts)
         for name, value in (prompts or {}).items():
@@ -145,7 +149,7 @@ def velocity_from_pretrained(
     prediction: str | None = None,
     schedule: str | NoiseSchedule | None = None,
     prompts: Mapping[str, Tensor] | None = None,
-    guidance: float = 3.5,
+    guidance: float | None = None,
     null_label: int | None = None,
     sample_shape: tuple[int, ...] | None = None,
     dtype: torch.dtype | None = None,
@@ -156,8 +160,8 @@ def velocity_from_pretrained(
         source: a folder that diffusers' ``save_pretrained`` wrote, of a network or of a whole
             pipeline; or a network. Nothing is downloaded, and only safetensors files are read.
         prediction: "velocity", or "epsilon", "v" or "x1" on a schedule. None for what the pipeline's
-            scheduler says; without one, for "velocity" of SD3, FLUX and Wan networks. Others must be
-            told.
+            scheduler says; without one, for "velocity" of SD3, FLUX, FLUX.2 and Wan networks. Others must
+            be told.
         schedule: the schedule of epsilon, v or x1; None for the pipeline's.
         prompts, guidance, null_label, sample_shape: as in :class:`DiffusersNetwork`.
         dtype: of the loaded weights; None for those of the files.
@@ -232,31 +236,58 @@ def _call_flux(
         raise ValueError(f"x: FLUX latents must have even sides; got {height} x {width}")
     rows, columns = height // 2, width // 2
     tokens = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-    condition = dict(condition)
-    if "img_ids" not in condition:
-        ids = torch.zeros(rows, columns, 3, device=x.device)
-        ids[..., 1] = torch.arange(rows, device=x.device)[:, None]
-        ids[..., 2] = torch.arange(columns, device=x.device)
-        condition["img_ids"] = ids.reshape(-1, 3)
-    if "txt_ids" not in condition and "encoder_hidden_states" in condition:
-        length = condition["encoder_hidden_states"].shape[1]
-        condition["txt_ids"] = torch.zeros(length, 3, device=x.device)
-    if owner.network.config.guidance_embeds and "guidance" not in condition:
-        condition["guidance"] = torch.full((batch,), owner.guidance, device=x.device)
     tokens = tokens.reshape(batch, rows * columns, channels * 4)
+    condition = _with_ids(owner, tokens, condition, rows, columns, axes=3)
     out = owner.network(hidden_states=tokens, timestep=timestep, **condition, return_dict=False)[0]
     out = out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return out.reshape(batch, channels, height, width)
 
 
+def _call_flux2(
+    owner: DiffusersNetwork, x: Tensor, timestep: Tensor, condition: dict[str, Any]
+) -> Tensor:
+    """Latents (B, C, H, W), one token for each place; words have places along a fourth axis."""
+    tokens = x.flatten(2).transpose(1, 2)
+    condition = _with_ids(owner, tokens, condition, *x.shape[2:], axes=4)
+    out = owner.network(hidden_states=tokens, timestep=timestep, **condition, return_dict=False)[0]
+    return out.transpose(1, 2).reshape(x.shape)
+
+
+def _with_ids(
+    owner: DiffusersNetwork,
+    tokens: Tensor,
+    condition: dict[str, Any],
+    rows: int,
+    columns: int,
+    axes: int,
+) -> dict[str, Any]:
+    """The condition with what a FLUX pipeline adds: places of the tokens, and the guidance that the
+    network is told."""
+    condition = dict(condition)
+    if "img_ids" not in condition:
+        ids = torch.zeros(rows, columns, axes, device=tokens.device)
+        ids[..., 1] = torch.arange(rows, device=tokens.device)[:, None]
+        ids[..., 2] = torch.arange(columns, device=tokens.device)
+        condition["img_ids"] = ids.reshape(-1, axes)
+    if "txt_ids" not in condition and "encoder_hidden_states" in condition:
+        length = condition["encoder_hidden_states"].shape[1]
+        ids = torch.zeros(length, axes, device=tokens.device)
+        ids[:, 3:] = torch.arange(length, device=tokens.device)[:, None]
+        condition["txt_ids"] = ids
+    if owner.network.config.guidance_embeds and "guidance" not in condition:
+        condition["guidance"] = torch.full((len(tokens),), owner.guidance, device=tokens.device)
+    return condition
+
+
 @dataclass(frozen=True)
 class _Family:
-    """How a class of networks is called, what it counts time in, and what it predicts if that is
-    fixed."""
+    """How a class of networks is called, what it counts time in, what it predicts if that is fixed, and
+    the guidance that it is told."""
 
     call: Callable[[DiffusersNetwork, Tensor, Tensor, dict[str, Any]], Tensor]
     time_scale: float = 1000.0
     prediction: str | None = None
+    guidance: float | None = None
 
 
 _FAMILIES = {
@@ -264,7 +295,8 @@ _FAMILIES = {
     "UNet2DConditionModel": _Family(_call_unet_condition),
     "DiTTransformer2DModel": _Family(_call_latents),
     "SD3Transformer2DModel": _Family(_call_latents, prediction="velocity"),
-    "FluxTransformer2DModel": _Family(_call_flux, 1.0, "velocity"),
+    "FluxTransformer2DModel": _Family(_call_flux, 1.0, "velocity", 3.5),
+    "Flux2Transformer2DModel": _Family(_call_flux2, 1.0, "velocity", 4.0),
     "WanTransformer3DModel": _Family(_call_latents, prediction="velocity"),
 }
 
