@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers_direct import FAMILIES as DIRECT
 from diffusers_dispatched import FAMILIES as DISPATCHED
-from diffusers_family import build, images, text, video
+from diffusers_family import build, images, padding, text, video
 
 import rfkernels as rf
 from rfkernels.data import Dataset
@@ -37,6 +37,7 @@ def condition(name):
         "Flux": {"encoder_hidden_states": text(), "pooled_projections": torch.randn(2, 32)},
         "Flux2": {"encoder_hidden_states": text()},
         "Wan": {"encoder_hidden_states": text()},
+        "LTX": {"encoder_hidden_states": text(), "encoder_attention_mask": padding()},
         "UNet2DCondition": {"encoder_hidden_states": text()},
         "DiT": {"y": torch.tensor([1, 5])},
         "UNet2D": {},
@@ -118,6 +119,37 @@ def test_flux2_by_the_pipelines_own_packing(guided):
     assert not torch.equal(order, default)  # the words' places matter
 
 
+def test_ltx_by_the_pipelines_own_packing():
+    from diffusers import LTXPipeline
+
+    inner, given = network("LTX"), condition("LTX")
+    field = velocity_from_pretrained(inner)
+    x = torch.randn(2, 4, 2, 3, 5)
+
+    def by_hand(frame_rate, mask):
+        out = inner(
+            hidden_states=LTXPipeline._pack_latents(x),
+            encoder_hidden_states=given["encoder_hidden_states"],
+            timestep=1000 * (1 - T),
+            encoder_attention_mask=mask,
+            num_frames=2,
+            height=3,
+            width=5,
+            rope_interpolation_scale=(8 / frame_rate, 32, 32),
+        ).sample
+        return -LTXPipeline._unpack_latents(out, 2, 3, 5)
+
+    with torch.no_grad():
+        mask = given.pop("encoder_attention_mask")
+        masked = field(x, T, **given, encoder_attention_mask=mask)
+        assert torch.equal(masked, by_hand(25, mask))
+        slow = field(x, T, **given, rope_interpolation_scale=(8 / 10, 32, 32))
+        assert torch.equal(slow, by_hand(10, None))
+        assert torch.equal(field(x, T, **given), by_hand(25, None))
+        assert not torch.equal(slow, by_hand(25, None))
+        assert not torch.equal(masked, by_hand(25, None))
+
+
 def test_sampling_is_the_schedulers_loop():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -162,7 +194,12 @@ def test_noise_networks_take_ddim_steps(prediction):
 
 def prompts(name, rows=3):
     torch.manual_seed(2)
-    return {key: torch.randn(rows, *value.shape[1:]) for key, value in condition(name).items()}
+    return {
+        key: torch.randn(rows, *value.shape[1:])
+        if value.is_floating_point()
+        else value[:1].repeat(rows, 1)
+        for key, value in condition(name).items()
+    }
 
 
 SHAPES = {
@@ -173,6 +210,7 @@ SHAPES = {
     "Flux": (4, 8, 8),
     "Flux2": (4, 4, 4),
     "Wan": (4, 2, 8, 8),
+    "LTX": (4, 2, 4, 4),
 }
 
 
@@ -186,7 +224,7 @@ def test_saved_trained_and_sampled(name, tmp_path):
     labelled = name not in ("UNet2D",)
     if labelled and name != "DiT":
         options["prompts"] = prompts(name)
-    if name in ("Flux", "Flux2", "Wan"):
+    if name in ("Flux", "Flux2", "Wan", "LTX"):
         options["sample_shape"] = SHAPES[name]
     model = velocity_from_pretrained(tmp_path / "net", **options)
     assert not model.training

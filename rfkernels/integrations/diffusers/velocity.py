@@ -9,7 +9,8 @@ Networks that predict noise or v on a schedule become a `rfkernels.models.NoiseP
     x1 = rf.sample(velocity, x0, steps=28, condition={"encoder_hidden_states": ..., ...})
 
 What is served: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel,
-FluxTransformer2DModel, Flux2Transformer2DModel, WanTransformer3DModel, and subclasses of them.
+FluxTransformer2DModel, Flux2Transformer2DModel, WanTransformer3DModel, LTXVideoTransformer3DModel, and
+subclasses of them.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class DiffusersNetwork(nn.Module):
             the one after its classes.
         sample_shape: shape of one sample; None for that of the network's config, where it has one.
 
-    `forward`: x (B, C, H, W), for Wan (B, C, frames, H, W); timestep (B,) in the network's own units.
-    FLUX latents are those of its autoencoder. FLUX.2's are what its pipeline takes as ``latents``: patches
-    of 2 x 2 in the channels, normalized, as many channels as the network has. Condition tensors have the
-    batch first. With class labels, ``y`` is them.
+    `forward`: x (B, C, H, W), for Wan and LTX (B, C, frames, H, W); timestep (B,) in the network's own
+    units. FLUX latents are those of its autoencoder. FLUX.2's are what its pipeline takes as ``latents``:
+    patches of 2 x 2 in the channels, normalized, as many channels as the network has. Condition tensors
+    have the batch first. With class labels, ``y`` is them. LTX takes ``rope_interpolation_scale``, seconds
+    and pixels of one latent place along (frames, H, W); without it, a video of 25 frames per second.
 
     Raises:
         TypeError: for a network that is not served. ValueError: prompts that do not fit.
@@ -160,8 +162,8 @@ def velocity_from_pretrained(
         source: a folder that diffusers' ``save_pretrained`` wrote, of a network or of a whole
             pipeline; or a network. Nothing is downloaded, and only safetensors files are read.
         prediction: "velocity", or "epsilon", "v" or "x1" on a schedule. None for what the pipeline's
-            scheduler says; without one, for "velocity" of SD3, FLUX, FLUX.2 and Wan networks. Others must
-            be told.
+            scheduler says; without one, for "velocity" of SD3, FLUX, FLUX.2, Wan and LTX networks. Others
+            must be told.
         schedule: the schedule of epsilon, v or x1; None for the pipeline's.
         prompts, guidance, null_label, sample_shape: as in :class:`DiffusersNetwork`.
         dtype: of the loaded weights; None for those of the files.
@@ -205,6 +207,9 @@ def velocity_from_pretrained(
 
 
 # --- how each family is called -------------------------------------------------------------------
+
+# Seconds and pixels between latent places: 8 frames of 25 a second, 32 pixels, as LTX's pipelines have it.
+_LTX_SCALE = (8 / 25, 32, 32)
 
 
 def _call_labelled(owner: DiffusersNetwork, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
@@ -253,6 +258,17 @@ def _call_flux2(
     return out.transpose(1, 2).reshape(x.shape)
 
 
+def _call_ltx(
+    owner: DiffusersNetwork, x: Tensor, timestep: Tensor, condition: dict[str, Any]
+) -> Tensor:
+    """Latents (B, C, frames, H, W), one token for each place, with the sides of the video."""
+    sides = dict(zip(("num_frames", "height", "width"), x.shape[2:], strict=True))
+    usual = {"encoder_attention_mask": None, "rope_interpolation_scale": _LTX_SCALE, **sides}
+    tokens = x.flatten(2).transpose(1, 2)
+    out = _call_latents(owner, tokens, timestep, {**usual, **condition})
+    return out.transpose(1, 2).reshape(x.shape)
+
+
 def _with_ids(
     owner: DiffusersNetwork,
     tokens: Tensor,
@@ -298,6 +314,7 @@ _FAMILIES = {
     "FluxTransformer2DModel": _Family(_call_flux, 1.0, "velocity", 3.5),
     "Flux2Transformer2DModel": _Family(_call_flux2, 1.0, "velocity", 4.0),
     "WanTransformer3DModel": _Family(_call_latents, prediction="velocity"),
+    "LTXVideoTransformer3DModel": _Family(_call_ltx, prediction="velocity"),
 }
 
 
