@@ -11,6 +11,7 @@ from diffusers_family import build, images, padding, text, video
 import rfkernels as rf
 from rfkernels.data import Dataset
 from rfkernels.flow import CosineBetas, LinearBetas, ScaledLinearBetas
+from rfkernels.integrations import diffusers as rfd
 from rfkernels.integrations.diffusers import (
     DiffusersNetwork,
     DiffusersVelocity,
@@ -320,7 +321,12 @@ def pipeline(folder, scheduler, part="unet", name="UNet2D"):
 
 
 def test_the_pipelines_scheduler_says_what_is_predicted(tmp_path):
-    from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LTXEulerAncestralRFScheduler,
+    )
 
     for number, (scheduler, prediction, schedule) in enumerate(
         (
@@ -347,8 +353,15 @@ def test_the_pipelines_scheduler_says_what_is_predicted(tmp_path):
         torch.testing.assert_close(
             model.schedule.alpha_bar, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-9
         )
-    flow = pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler(), "transformer", "SD3")
-    assert isinstance(velocity_from_pretrained(flow), DiffusersVelocity)
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(),
+        LTXEulerAncestralRFScheduler(),
+        rfd.RFMidpointScheduler(),
+        rfd.RFMultistepScheduler(),
+    ):
+        folder = tmp_path / type(scheduler).__name__
+        flow = pipeline(folder, scheduler, "transformer", "SD3")
+        assert isinstance(velocity_from_pretrained(flow), DiffusersVelocity)
     zero = pipeline(tmp_path / "zero", DDIMScheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match="rescale_betas_zero_snr has no counterpart"):
         velocity_from_pretrained(zero)

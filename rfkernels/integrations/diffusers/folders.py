@@ -14,6 +14,8 @@ from rfkernels.flow.schedules import CosineBetas, LinearBetas, NoiseSchedule, Sc
 __all__ = ["load_network", "read_scheduler"]
 
 _COMPONENTS = ("transformer", "unet")
+# In the names of schedulers that know flows only; our own have the field "grid".
+_FLOWS = ("FlowMatch", "EulerAncestralRF")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -67,8 +69,9 @@ def read_scheduler(folder: Path) -> tuple[str, NoiseSchedule | None] | None:
         return None
     config = _read(file)
     kind = config.get("prediction_type", "epsilon")
-    flow = "FlowMatch" in config.get("_class_name", "") or config.get("use_flow_sigmas")
-    if flow or kind == "flow_prediction":
+    name = config.get("_class_name", "")
+    flow = any(word in name for word in _FLOWS) or config.get("use_flow_sigmas")
+    if flow or "grid" in config or kind == "flow_prediction":
         return "velocity", None
     kinds = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
     if kind not in kinds:
