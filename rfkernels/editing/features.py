@@ -9,9 +9,10 @@ al. 2024) does the same in every block, for one step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +55,8 @@ class Features:
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)
         if self.blocks is not None:
+            if not isinstance(self.blocks, Iterable):
+                raise TypeError(f"blocks: must be whole numbers or None; got {self.blocks!r}")
             object.__setattr__(self, "blocks", tuple(self.blocks))
             for block in self.blocks:
                 whole("blocks", block, 0)
@@ -81,6 +84,8 @@ class Key:
         unconditional: whether in the second call of guidance.
         block: number of the attention block.
         name: "q", "k" or "v".
+        turn: how often the block has run before in that call, as a network that repeats its blocks
+            runs it.
     """
 
     interval: int
@@ -88,6 +93,7 @@ class Key:
     unconditional: bool
     block: int
     name: str
+    turn: int = 0
 
 
 @dataclass
@@ -135,11 +141,15 @@ class Bank:
             self._squares.append((wrong.square().sum(), wide.square().sum()))
 
     def inject(self, key: Key, own: Tensor) -> Tensor:
-        """Writes into ``own`` what attention takes in its place, and returns it.
+        """What attention takes in the place of ``own``, which stays as it is: it may share memory with
+        other features or belong to the network.
 
-        Its memory layout stays, since in another one attention might round differently. The
-        unconditional call of guidance takes what the conditional one left, if inversion was not
+        It has the memory layout of ``own``, since in another one attention might round differently.
+        The unconditional call of guidance takes what the conditional one left, if inversion was not
         guided.
+
+        Raises:
+            ValueError: what was kept has another shape.
         """
         stored = self.kept.get(key)
         if stored is None and key.unconditional:
@@ -147,19 +157,34 @@ class Bank:
         if stored is None:
             self.missed += 1
             return own
+        if stored.values.shape != own.shape:
+            raise ValueError(
+                f"features: {key.name} of block {key.block} must have the shape that inversion kept, "
+                f"{tuple(stored.values.shape)}; got {tuple(own.shape)} (where text is attended to with "
+                "the image, all conditions must have as many tokens)"
+            )
         kept, weight = stored.restored(), self.features.weight
-        if self.features.mode == "replace":
-            return own.copy_(kept)
         if self.features.mode == "mix":
-            return own.lerp_(kept.to(own.dtype), weight)
-        return own.add_(kept.to(own.dtype), alpha=weight)
+            kept = own.lerp(kept.to(own.dtype), weight)
+        elif self.features.mode == "add":
+            kept = own.add(kept.to(own.dtype), alpha=weight)
+        return _blank(own).copy_(kept)
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """Memory of its own with the strides of ``tensor``; contiguous for an expanded one."""
+    if 0 in tensor.stride():
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def attention_blocks(velocity: object) -> list[nn.Module]:
     """The blocks of a network that let features be exchanged, in its order.
 
     Those are modules whose class has the attribute ``exchange``, such as ``DiTBlock``: where it is
-    not None it is called with (q, k, v), may write into them, and returns what attention takes.
+    not None it is called with (q, k, v) and returns what attention takes.
 
     Raises:
         TypeError: not a module. ValueError: a module without such blocks.
@@ -197,6 +222,8 @@ class TappedField(Field):
     backwards: bool = False
     recording: bool = False
     _where: tuple[int, bool] = (0, False)
+    _calls_before: int = 0
+    _turns: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, made: Field, **tap: Any) -> TappedField:
@@ -205,7 +232,7 @@ class TappedField(Field):
 
     def __call__(self, state: State, t: float | Tensor) -> Evaluation:
         """The velocity at (state, t)."""
-        self._where = self.locate(float(t))
+        self._where, self._calls_before = self.locate(float(t)), self.calls
         return super().__call__(state, t)
 
     def locate(self, t: float) -> tuple[int, bool]:
@@ -215,34 +242,64 @@ class TappedField(Field):
             return self.times.index(t) - self.backwards, False
         return sum(time < t for time in self.times) - 1, True
 
+    def exchange(
+        self, block: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the attention block of that number takes."""
+        turn, (interval, middle) = self._turns[block], self._where
+        self._turns[block] += 1
+        # The first call of an evaluation is the conditional one.
+        second = self.calls - self._calls_before > 1
+        heads = {"q": q, "k": k, "v": v}
+        for name in self.bank.features.what:
+            key = Key(interval, middle, second, block, name, turn)
+            if self.recording:
+                self.bank.record(key, heads[name])
+            else:
+                heads[name] = self.bank.inject(key, heads[name])
+        return heads["q"], heads["k"], heads["v"]
+
     def _call(self, state: State, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        interval, middle = self._where
-        if interval >= self.bank.features.steps:
+        if self._where[0] >= self.bank.features.steps:
             return super()._call(state, t, condition)
-        second = self.guidance is not None and condition is self.uncondition
-        with self._tapped(interval, middle, second):
+        self._turns.clear()
+        with _tapped(self):
             return super()._call(state, t, condition)
 
-    @contextlib.contextmanager
-    def _tapped(self, interval: int, middle: bool, unconditional: bool) -> Iterator[None]:
-        blocks = attention_blocks(self.velocity)
-        chosen = self.bank.features.blocks
+
+# Blocks belong to all threads: one tapped call at a time, and those of other threads go untouched.
+_one_call = threading.RLock()
+
+
+@contextlib.contextmanager
+def _tapped(tap: TappedField) -> Iterator[None]:
+    """The chosen blocks of the network exchange with that field, in this thread."""
+    blocks, chosen = attention_blocks(tap.velocity), tap.bank.features.blocks
+    with _one_call:
+        before = [(block, vars(block).get("exchange")) for block in blocks]
         try:
             for number_, block in enumerate(blocks):
                 if chosen is None or number_ in chosen:
-                    here = functools.partial(Key, interval, middle, unconditional, number_)
-                    block.exchange = functools.partial(self._exchange, here)
+                    block.exchange = _Exchange(tap, number_)
             yield
         finally:
-            for block in blocks:
+            for block, own in before:
                 vars(block).pop("exchange", None)
+                if own is not None:
+                    block.exchange = own
+
+
+class _Exchange:
+    """``TappedField.exchange`` of one block, in the thread that made it.
+
+    An object, since torch.compile would compile anew for every number that a closure holds.
+    """
+
+    def __init__(self, tap: TappedField, block: int) -> None:
+        self.tap, self.block, self.thread = tap, block, threading.get_ident()
 
     @torch.compiler.disable
-    def _exchange(self, key: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = {"q": q, "k": k, "v": v}
-        for name in self.bank.features.what:
-            if self.recording:
-                self.bank.record(key(name), heads[name])
-            else:
-                heads[name] = self.bank.inject(key(name), heads[name])
-        return heads["q"], heads["k"], heads["v"]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if threading.get_ident() != self.thread:
+            return q, k, v
+        return self.tap.exchange(self.block, q, k, v)

@@ -48,9 +48,11 @@ class RFEdit:
         solver, features = get_solver(self.solver), setting.features
         source, target = setting.source_field(), setting.target_field()
         if features is not None:
-            if solver.name not in _TAPPED:
+            # Euler's original_eps evaluates beside the times of the grid, which tell steps apart.
+            if solver.name not in _TAPPED or getattr(solver, "original_eps", 0):
                 raise ValueError(
-                    f"features: need one of the solvers {', '.join(_TAPPED)}; got {solver.name!r}"
+                    f"features: need one of the solvers {', '.join(_TAPPED)}, with their defaults; "
+                    f"got {solver!r}"
                 )
             _check(features, setting)
             setting.bank = Bank(features)

@@ -37,7 +37,7 @@ class Stored:
     def restored(self) -> Tensor:
         """The tensor on its device, in its dtype."""
         if self.scale is None:
-            return self.values.to(self.device, non_blocking=True)
+            return self.values.to(self.device, non_blocking=self.values.is_pinned())
         return (self.values.float() * self.scale).to(self.dtype)
 
 
@@ -55,8 +55,9 @@ def keep(tensor: Tensor, store: str) -> Stored:
     if store == "device":
         return Stored(tensor.clone(memory_format=torch.contiguous_format), None, device, dtype)
     if store == "host":
-        values = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda")
-        return Stored(values.copy_(tensor, non_blocking=True), None, device, dtype)
+        pinned = device.type == "cuda"
+        values = torch.empty(tensor.shape, dtype=dtype, pin_memory=pinned)
+        return Stored(values.copy_(tensor, non_blocking=pinned), None, device, dtype)
     wide = tensor.float()
     greatest = wide.abs().amax(-1, keepdim=True)
     scale = (greatest / _GREATEST[store]).clamp(min=torch.finfo(torch.float32).tiny)
