@@ -98,7 +98,7 @@ class FlowScheduler(FlowConfig):
 
     def _begin(self) -> None:
         """Checks the config and lays out the table of num_train_timesteps levels."""
-        config = self._internal_dict
+        config = self._options
         name = type(self).__name__
         if config["use_beta_sigmas"]:
             try:
@@ -201,7 +201,7 @@ class FlowScheduler(FlowConfig):
             IndexError: no such time.
         """
         table = self._times if schedule_timesteps is None else TimeTable(schedule_timesteps)
-        return table.find(timestep, self._internal_dict["num_train_timesteps"])
+        return table.find(timestep, self._options["num_train_timesteps"])
 
     def _now(self, timestep: float | torch.Tensor) -> int:
         """The index of this step; later calls ignore the time, as in diffusers."""
@@ -246,7 +246,7 @@ class FlowScheduler(FlowConfig):
             and timestep.dtype in (torch.int64, torch.int32)
             and timestep.is_cpu
         )
-        if index and not self._internal_dict["integer_timesteps"]:
+        if index and not self._options["integer_timesteps"]:
             raise ValueError(
                 f"{type(self).__name__}.step: timestep must be an entry of timesteps, not its index; "
                 f"got {timestep!r}"
@@ -256,11 +256,11 @@ class FlowScheduler(FlowConfig):
 
     def time_shift(self, mu: float, sigma: float, t: Any) -> Any:
         """Levels t under the dynamic shift: e^mu / (e^mu + (1/t - 1)^sigma), or mu for e^mu when linear."""
-        return grids.time_shift(self._internal_dict["time_shift_type"], mu, sigma, t)
+        return grids.time_shift(self._options["time_shift_type"], mu, sigma, t)
 
     def stretch_shift_to_terminal(self, t: Any) -> Any:
         """Levels t with 1 - t scaled so that the last one is ``shift_terminal``."""
-        return grids.stretch_to_terminal(t, self._internal_dict["shift_terminal"])
+        return grids.stretch_to_terminal(t, self._options["shift_terminal"])
 
     def set_timesteps(
         self,
@@ -284,7 +284,7 @@ class FlowScheduler(FlowConfig):
             ValueError: lengths that differ, no mu for a dynamic shift, or timesteps with a grid that has none.
             TypeError: nothing given.
         """
-        config, name = self._internal_dict, type(self).__name__
+        config, name = self._options, type(self).__name__
         if config["use_dynamic_shifting"] and mu is None and config["grid"] in (FLOW_MATCH, UNIPC):
             raise ValueError(
                 f"{name}.set_timesteps: mu must be given with use_dynamic_shifting; got None"
@@ -359,7 +359,7 @@ class FlowScheduler(FlowConfig):
             raise TypeError(
                 f"{type(self).__name__}.scale_noise: noise must be a tensor; got {type(noise).__name__}"
             )
-        config = self._internal_dict
+        config = self._options
         if self._begin_index is None:
             level = self._times.levels(timestep, self._sigmas, config["num_train_timesteps"])
         else:
@@ -368,4 +368,4 @@ class FlowScheduler(FlowConfig):
         return noising.mixed(sample, noise, level, bit_exact=config["bit_exact"])
 
     def __len__(self) -> int:
-        return self._internal_dict["num_train_timesteps"]
+        return self._options["num_train_timesteps"]

@@ -60,7 +60,7 @@ class RFEulerScheduler(FlowScheduler):
             index = self._now(timestep)
         elif not timestep.is_floating_point():
             self._refuse_index(timestep)
-        config = self._internal_dict
+        config = self._internal_dict.__dict__  # `_options`, without a call
         if per_token_timesteps is not None:
             state = self._token_step(model_output, sample, per_token_timesteps, generator)
         elif config["stochastic_sampling"]:
@@ -80,7 +80,7 @@ class RFEulerScheduler(FlowScheduler):
         levels = self._sigmas.values()
         level, after = levels[index], levels[index + 1]
         noise = self._noise(sample, generator)
-        if self._internal_dict["bit_exact"]:
+        if self._options["bit_exact"]:
             clean = sample.float() - output * updates.rounded(level, output.dtype)
             return ((1.0 - np.float32(after)).item() * clean + after * noise).to(output.dtype)
         kept = 1.0 - after
@@ -100,13 +100,13 @@ class RFEulerScheduler(FlowScheduler):
                 f"got {tuple(times.shape)} for {tuple(sample.shape)}"
             )
         # All on the device; the levels number some dozens, so the table of comparisons is small.
-        level = times / self._internal_dict["num_train_timesteps"]
+        level = times / self._options["num_train_timesteps"]
         levels = self.sigmas.to(level.device)[:, None, None]
         after = ((levels < level[None] - _BELOW) * levels).amax(dim=0)
         level, after = (t.expand(sample.shape[:2]).reshape(-1) for t in (level, after))
         dtype = torch.promote_types(output.dtype, torch.float32)
         rows, outputs = sample.flatten(0, 1).to(dtype), output.flatten(0, 1)
-        if self._internal_dict["stochastic_sampling"]:
+        if self._options["stochastic_sampling"]:
             noise = self._noise(sample, generator).flatten(0, 1)
             kept = 1.0 - after
             state = updates.linear(

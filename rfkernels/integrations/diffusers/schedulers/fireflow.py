@@ -28,7 +28,7 @@ class RFFireFlowScheduler(FlowScheduler):
         self._previous: torch.Tensor | None = None  # the output of the last call
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        middle, middle_times = midpoints(levels, times, self._internal_dict["num_train_timesteps"])
+        middle, middle_times = midpoints(levels, times, self._options["num_train_timesteps"])
         self._grid = levels.tolist()
         return np.concatenate([levels[:1], middle, levels[-1:]]), np.append(times[:1], middle_times)
 

@@ -16,6 +16,11 @@ class FlowConfig(SchedulerMixin, ConfigMixin):
 
     _compatibles: ClassVar[list[str]] = list(COMPATIBLE)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The config's attributes, which is where diffusers' schedulers read it: `scheduler.config.field = value` counts."""
+        return vars(self._internal_dict)
+
     @classmethod
     def from_config(
         cls,

@@ -11,8 +11,16 @@ import torch
 _TOLERANCE = 1e-6  # of num_train_timesteps: a few units in the last place of a float32 time
 
 
+def _counting(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that counts its changes, which those made in inference mode do not."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 class HostCopy:
-    """A 1-D tensor and its entries as Python numbers.
+    """A 1-D tensor and its entries as Python numbers; copies and pickles of it are independent.
 
     Args:
         tensor: on any device.
@@ -20,21 +28,31 @@ class HostCopy:
     """
 
     def __init__(self, tensor: torch.Tensor, known: np.ndarray | None = None) -> None:
-        self.tensor = tensor
-        self._counted = not tensor.is_inference()  # an inference tensor does not count its changes
-        self._read_at = tensor._version if self._counted else 0
+        self.tensor = _counting(tensor)
+        self._read_at = self.tensor._version
         self._values = None if known is None else known.tolist()
 
     def values(self) -> list[float]:
         """The entries."""
-        if self._values is None or (self._counted and self._read_at != self.tensor._version):
+        if self._values is None or self._read_at != self.tensor._version:
             self._values = self.tensor.tolist()
-            self._read_at = self.tensor._version if self._counted else 0
+            self._read_at = self.tensor._version
             self._changed()
         return self._values
 
     def _changed(self) -> None:
         """What was derived from the entries is stale."""
+
+    def __getstate__(self) -> dict[str, object]:
+        if self._read_at != self.tensor._version:
+            self._values = None
+            self._changed()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.tensor = _counting(self.tensor)
+        self._read_at = self.tensor._version  # a copy of a tensor counts anew
 
 
 class Levels(HostCopy):
@@ -47,7 +65,7 @@ class Levels(HostCopy):
 
     def steps(self) -> list[float]:
         """Each level's difference to the next, rounded to float32."""
-        if self._steps is None or (self._counted and self._read_at != self.tensor._version):
+        if self._steps is None or self._read_at != self.tensor._version:
             values = self.values()
             self._steps = np.diff(np.asarray(values, dtype=np.float32)).tolist()
         return self._steps

@@ -25,7 +25,7 @@ class RFMidpointScheduler(FlowScheduler):
         self._start: torch.Tensor | None = None  # the state at t_i while the call at m_i is awaited
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return with_midpoints(levels, times, self._internal_dict["num_train_timesteps"])
+        return with_midpoints(levels, times, self._options["num_train_timesteps"])
 
     def step(
         self,

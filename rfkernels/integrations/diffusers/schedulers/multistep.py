@@ -149,7 +149,7 @@ class RFMultistepScheduler(FlowScheduler):
         past = self._past
         self._refuse_overwritten(model_output, *(output for _, _, output in past))
         levels = self._sigmas.values()
-        config = self._internal_dict
+        config = self._options
         if config["algorithm"] == AB2:
             steps = self._sigmas.steps()
             coefficients = rules.ab2(steps[index], steps[index - 1] if past else None)
@@ -169,7 +169,7 @@ class RFMultistepScheduler(FlowScheduler):
         self, index: int, levels: list[float], sample: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
         """A step of "dpm++" or "unipc": coefficients of m = x - sigma v, spelt out in x and v, and one sum."""
-        config = self._internal_dict
+        config = self._options
         kind = config["solver_type"] or _KINDS[config["algorithm"]][0]
         order = self._step_order(index)
         calls = [(index, sample, output), *self._past]
@@ -193,7 +193,7 @@ class RFMultistepScheduler(FlowScheduler):
 
     def _step_order(self, index: int) -> int:
         """As many outputs as there are, fewer at the end where the config says so."""
-        config = self._internal_dict
+        config = self._options
         count = len(self._sigmas.values()) - 1
         left = count - index
         order = min(config["solver_order"], len(self._past) + 1)
