@@ -24,6 +24,7 @@ from rfkernels.sampling.field import Field
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 
 FAMILIES = {**DIRECT, **DISPATCHED}
+NETWORKS = ["Flux", "Flux2", "SD3", "Wan", "LTX"]
 
 
 def made(name):
@@ -32,17 +33,17 @@ def made(name):
         family = type(family)(family.cls, {**family.options, "in_channels": 16}, family.inputs, 0)
     network = build(family)[0].requires_grad_(False)
     torch.manual_seed(2)
-    x1 = video() if name == "Wan" else images()
+    x1 = video() if name in ("Wan", "LTX") else images()
     pair = []
     for _ in range(2):
         condition = {"encoder_hidden_states": text()}
-        if name != "Wan":
+        if name in ("Flux", "SD3"):
             condition["pooled_projections"] = torch.randn(2, 32)
         pair.append(condition)
     return velocity_from_pretrained(network, prediction="velocity"), x1, *pair
 
 
-@pytest.mark.parametrize("name", ["Flux", "SD3", "Wan"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_allowing_changes_nothing_and_is_undone(name):
     velocity, x1, source, _ = made(name)
     t = torch.tensor([0.3, 0.8])
@@ -61,7 +62,7 @@ def test_allowing_changes_nothing_and_is_undone(name):
     assert [type(module) for module in velocity.modules()] == classes
 
 
-@pytest.mark.parametrize("name", ["Flux", "SD3", "Wan"])
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("what", ["v", "qkv"])
 def test_putting_back_what_the_same_run_computed_changes_no_bit(name, what):
     velocity, x1, source, _ = made(name)
@@ -79,18 +80,45 @@ def test_putting_back_what_the_same_run_computed_changes_no_bit(name, what):
     assert len(bank.kept) == 2 * 2 * len(what) * len(attention_blocks(velocity))
 
 
+def test_layers_in_their_order():
+    """Double blocks before single ones; no cross-attention, whether or not the layer says that it is one."""
+    names = allow_exchange(made("Flux2")[0])
+    blocks = [f"{kind}transformer_blocks.{i}.attn" for kind in ("", "single_") for i in (0, 1)]
+    assert names == [f"network.network.{block}" for block in blocks]
+    for name in ("Wan", "LTX"):
+        blocks = "blocks" if name == "Wan" else "transformer_blocks"
+        assert allow_exchange(made(name)[0]) == [
+            f"network.network.{blocks}.{i}.attn1" for i in range(3)
+        ]
+    crossed = allow_exchange(made("LTX")[0], r"attn2$")
+    assert crossed == [f"network.network.transformer_blocks.{i}.attn2" for i in range(3)]
+    kandinsky = allow_exchange(build(FAMILIES["Kandinsky5"])[0])
+    assert all(name.endswith(".self_attention") for name in kandinsky)
+
+
 @pytest.mark.parametrize(
-    ("name", "layers"), [("Flux", r"single_transformer_blocks\.\d+\.attn$"), ("Wan", r"\.attn1$")]
+    ("name", "layers", "projection", "part"),
+    [
+        ("Flux", r"single_transformer_blocks\.\d+\.attn$", "to_v", slice(0, 32)),
+        # q, k and v of width 32, then what the feedforward takes, in one product
+        ("Flux2", r"single_transformer_blocks\.\d+\.attn$", "to_qkv_mlp_proj", slice(64, 96)),
+        ("Wan", r"\.attn1$", "to_v", slice(0, 32)),
+        ("LTX", r"\.attn1$", "to_v", slice(0, 32)),
+    ],
 )
-def test_by_hand_through_the_projection(name, layers):
-    """In these layers V is the answer of `to_v`, heads apart."""
+def test_by_hand_through_the_projection(name, layers, projection, part):
+    """In these layers V is the answer of a projection, or a part of it, heads apart."""
     velocity, x1, source, target = made(name)
     names = allow_exchange(velocity, layers)
-    layer = velocity.get_submodule(names[1])
+    layer = velocity.get_submodule(names[1]).get_submodule(projection)
     kept = []
-    with layer.to_v.register_forward_hook(lambda module, inputs, out: kept.append(out.clone())):
+
+    def put_back(module, inputs, out):
+        return torch.cat((out[..., : part.start], kept[0], out[..., part.stop :]), dim=-1)
+
+    with layer.register_forward_hook(lambda module, inputs, out: kept.append(out[..., part])):
         velocity(x1, torch.full((2,), 0.5), **source)
-    with layer.to_v.register_forward_hook(lambda module, inputs, out: kept[0]):
+    with layer.register_forward_hook(put_back):
         expected = velocity(x1, torch.zeros(2), **target)
 
     bank = Bank(Features(steps=1, blocks=[1]))
@@ -106,7 +134,7 @@ def test_by_hand_through_the_projection(name, layers):
     assert (got - velocity(x1, torch.zeros(2), **target)).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("name", ["Flux", "SD3", "Wan"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_edits_share_features(name):
     velocity, x1, source, target = made(name)
     count = len(allow_exchange(velocity))

@@ -21,6 +21,8 @@ from rfkernels.integrations.routing import TORCH_SDPA
 __all__ = ["allow_exchange", "forbid_exchange"]
 
 _NAMES = ("query", "key", "value")
+# How diffusers names cross-attention in blocks whose attention class does not say it (LTX, Kandinsky, ...).
+_CROSS = re.compile(r"attn2$|cross|_to_[^.]*$")
 
 
 class _ExchangeMode(TorchFunctionMode):
@@ -70,6 +72,12 @@ def _exchanging_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body)
 
 
+def _is_cross(name: str, module: nn.Module) -> bool:
+    """Whether keys and values of a layer come from other tokens than its queries."""
+    said = getattr(module, "is_cross_attention", None)
+    return bool(_CROSS.search(name.rpartition(".")[2])) if said is None else said
+
+
 def allow_exchange(model: nn.Module, layers: str | None = None) -> list[str]:
     """Makes the attention layers of a diffusers model serve `features` of `rfkernels.editing.edit`.
 
@@ -98,7 +106,7 @@ def allow_exchange(model: nn.Module, layers: str | None = None) -> list[str]:
         if processors.kind_of(module) not in processors.KINDS:
             continue
         if layers is None:
-            wanted = not getattr(module, "is_cross_attention", False)
+            wanted = not _is_cross(name, module)
         else:
             wanted = re.search(layers, name) is not None
         if wanted:
