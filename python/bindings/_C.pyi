@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 MAX_DIMS: int
 
@@ -124,11 +124,10 @@ def fast_step(
     tensors: tuple[Tensor, ...],
     coefficients: tuple[_Scalar, ...],
     x_coefficient: _Scalar,
-    out: Tensor,
-    cast: Tensor | None,
-    grad_enabled: bool,
+    out: Tensor | None,
+    cast: dtype | Tensor | None,
     /,
-) -> bool: ...
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
 def fast_interpolate(
     x1: Tensor,
     x0: Tensor | None,

@@ -1,7 +1,8 @@
 // fast_calls.cpp: the steps and the interpolation in one call, for plain dense tensors on the CPU.
 //
-// A sampler's inner call. It checks in C++ what the public function checks in Python and declines (returns False) whatever
-// is not plainly right, so that errors and rare cases have one place: the public function. Under 1 us above the kernel.
+// A sampler's inner call. It checks in C++ what the public function checks in Python and declines (returns None or False)
+// whatever is not plainly right, so that errors and rare cases have one place: the public function. Under 1 us above the
+// kernel and the memory of the result.
 #include "fast_calls.h"
 
 #include <pybind11/gil_safe_call_once.h>
@@ -17,8 +18,13 @@ namespace {
 struct Names {
   PyObject* tensor_type;
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* is_neg;  // Tensor's method: called with the tensor, it is not looked up each time
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* dtype_keyword = PyTuple_Pack(1, dtype);
+  PyObject* dtype_type;
+  PyObject* empty_like;
   PyObject* increment_version;
+  PyObject* is_grad_enabled;
 };
 
 const Names& names() {
@@ -27,8 +33,13 @@ const Names& names() {
   return cached.call_once_and_store_result([] {
     Names n;
     const py::module_ torch = py::module_::import("torch");
-    n.tensor_type = py::object(torch.attr("Tensor")).release().ptr();
-    n.increment_version = py::object(torch.attr("_C").attr("_increment_version")).release().ptr();
+    const auto keep = [](py::object object) { return object.release().ptr(); };
+    n.tensor_type = keep(torch.attr("Tensor"));
+    n.is_neg = keep(torch.attr("Tensor").attr("is_neg"));
+    n.dtype_type = keep(torch.attr("dtype"));
+    n.empty_like = keep(torch.attr("empty_like"));
+    n.increment_version = keep(torch.attr("_C").attr("_increment_version"));
+    n.is_grad_enabled = keep(torch.attr("is_grad_enabled"));
     return n;
   }).get_stored();
 }
@@ -40,12 +51,8 @@ bool is_true(PyObject* value) {
   return result;
 }
 
-// A strided CPU tensor that nothing watches, its dense view in `view`.
-bool plain(py::handle object, const dlpack::ExchangeApi* api, bool grad_enabled, rfk_tensor* view, bool* dense) {
-  const Names& n = names();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != n.tensor_type) return false;
-  if (grad_enabled && is_true(PyObject_GetAttr(object.ptr(), n.requires_grad))) return false;
-  if (is_true(PyObject_CallMethodNoArgs(object.ptr(), n.is_neg))) return false;
+// The numbers of a strided CPU tensor in `view`.
+bool seen(py::handle object, const dlpack::ExchangeApi* api, rfk_tensor* view, bool* dense) {
   dlpack::Tensor source;
   if (api->tensor_from_object(object.ptr(), &source) != 0) {
     PyErr_Clear();
@@ -66,6 +73,24 @@ bool plain(py::handle object, const dlpack::ExchangeApi* api, bool grad_enabled,
     numel *= source.shape[d];
   }
   return true;
+}
+
+// The same of a tensor that nothing watches.
+bool plain(py::handle object, const dlpack::ExchangeApi* api, bool grad_enabled, rfk_tensor* view, bool* dense) {
+  const Names& n = names();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != n.tensor_type) return false;
+  if (grad_enabled && is_true(PyObject_GetAttr(object.ptr(), n.requires_grad))) return false;
+  if (is_true(PyObject_CallOneArg(n.is_neg, object.ptr()))) return false;
+  return seen(object, api, view, dense);
+}
+
+// New memory like x, of its dtype or the one given.
+py::object empty_like(py::handle x, py::handle dtype) {
+  const Names& n = names();
+  PyObject* const arguments[] = {x.ptr(), dtype.ptr()};
+  PyObject* made = PyObject_Vectorcall(n.empty_like, arguments, 1, dtype.is_none() ? nullptr : n.dtype_keyword);
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
 }
 
 int64_t item_bytes(int32_t dtype) { return dtype == RFK_FLOAT64 ? 8 : dtype == RFK_FLOAT32 ? 4 : 2; }
@@ -143,53 +168,76 @@ const rfk_device kCpu{RFK_CPU, 0, nullptr};
 
 }  // namespace
 
-bool fast_step(int form, py::handle x, py::tuple tensors, py::tuple coefficients, py::handle x_coefficient,
-               py::handle out, py::handle cast, bool grad_enabled) {
+py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coefficients, py::handle x_coefficient,
+                     py::handle out, py::handle cast) {
+  const py::none declined;
   const dlpack::ExchangeApi* api = exchange_api();
   const size_t count = tensors.size();
-  if (api == nullptr || count > RFK_MAX_TERMS || coefficients.size() > RFK_MAX_TERMS) return false;
+  if (api == nullptr || count > RFK_MAX_TERMS || coefficients.size() > RFK_MAX_TERMS) return declined;
   const size_t tensors_needed = form == kEuler ? 1 : form == kGuidedEuler ? 2 : count;
   const size_t scalars_needed = form == kLinear ? count : form == kGuidedEuler ? 2 : 1;
-  if (count != tensors_needed || coefficients.size() != scalars_needed) return false;
-  rfk_tensor view_out, view_cast, view_x, terms[RFK_MAX_TERMS];
+  if (count != tensors_needed || coefficients.size() != scalars_needed) return declined;
+  const bool grad_enabled = is_true(PyObject_CallNoArgs(names().is_grad_enabled));
+  rfk_tensor view_x, view_out, view_cast, terms[RFK_MAX_TERMS];
   bool dense;
-  if (!plain(out, api, grad_enabled, &view_out, &dense) || !dense) return false;
-  const bool casting = !cast.is_none();
-  if (casting && (!plain(cast, api, grad_enabled, &view_cast, &dense) || !dense || !same_shape(view_out, view_cast) ||
-                  !separate(view_cast, view_out))) {
-    return false;
-  }
-  const auto input = [&](py::handle object, rfk_tensor* view) {
-    return plain(object, api, grad_enabled, view, &dense) && dense && same_shape(view_out, *view) &&
-           separate_or_same(view_out, *view) && !(casting && !separate(view_cast, *view)) &&
-           (view->dtype != RFK_FLOAT64 || view_out.dtype == RFK_FLOAT64);
-  };
-  if (!input(x, &view_x) || view_x.dtype != view_out.dtype) return false;
+  if (!plain(x, api, grad_enabled, &view_x, &dense) || !dense) return declined;
   for (size_t k = 0; k < count; ++k) {
-    if (!input(tensors[k], &terms[k])) return false;
+    if (!plain(tensors[k], api, grad_enabled, &terms[k], &dense) || !dense || !same_shape(view_x, terms[k]) ||
+        (terms[k].dtype == RFK_FLOAT64 && view_x.dtype != RFK_FLOAT64)) {
+      return declined;
+    }
   }
   rfk_scalar scalars[RFK_MAX_TERMS], c0;
-  const auto scalar = [&](py::handle object, rfk_scalar* value) {
-    return plain_scalar(object, api, grad_enabled, view_out, value) &&
-           !meets(view_out, *value) && !(casting && meets(view_cast, *value));
-  };
-  if (!scalar(x_coefficient, &c0)) return false;
+  if (!plain_scalar(x_coefficient, api, grad_enabled, view_x, &c0)) return declined;
   for (size_t k = 0; k < coefficients.size(); ++k) {
-    if (!scalar(coefficients[k], &scalars[k])) return false;
+    if (!plain_scalar(coefficients[k], api, grad_enabled, view_x, &scalars[k])) return declined;
   }
-  const rfk_tensor* copy = casting ? &view_cast : nullptr;
-  return launched(view_out, {out, cast}, [&]() -> rfk_status {
+
+  // An output is dense and like x. One that was given meets nothing that is read; the state may be x or a term itself.
+  const auto writable = [&](py::handle object, bool in_place, rfk_tensor* view) {
+    if (!plain(object, api, grad_enabled, view, &dense) || !dense || !same_shape(view_x, *view)) return false;
+    const auto apart = [&](const rfk_tensor& read) {
+      return in_place ? separate_or_same(*view, read) : separate(*view, read);
+    };
+    if (!apart(view_x) || meets(*view, c0)) return false;
+    for (size_t k = 0; k < count; ++k) {
+      if (!apart(terms[k])) return false;
+    }
+    for (size_t k = 0; k < coefficients.size(); ++k) {
+      if (meets(*view, scalars[k])) return false;
+    }
+    return true;
+  };
+  const bool fresh_out = out.is_none(), casting = !cast.is_none();
+  const bool fresh_cast = casting && reinterpret_cast<PyObject*>(Py_TYPE(cast.ptr())) == names().dtype_type;
+  if (!fresh_out && (!writable(out, true, &view_out) || view_out.dtype != view_x.dtype)) return declined;
+  if (casting && !fresh_cast &&
+      (!writable(cast, false, &view_cast) || (!fresh_out && !separate(view_cast, view_out)))) {
+    return declined;
+  }
+  const py::object state = fresh_out ? empty_like(x, py::none()) : py::reinterpret_borrow<py::object>(out);
+  if (fresh_out && (!seen(state, api, &view_out, &dense) || !dense)) return declined;
+  const py::object copy = fresh_cast ? empty_like(x, cast) : py::reinterpret_borrow<py::object>(cast);
+  if (fresh_cast && (!seen(copy, api, &view_cast, &dense) || !dense)) return declined;
+
+  const rfk_tensor* copy_view = casting ? &view_cast : nullptr;
+  const py::handle nobody_knows(Py_None);  // new memory: no autograd graph can have seen it
+  const py::handle known_out = fresh_out ? nobody_knows : out, known_cast = fresh_cast ? nobody_knows : cast;
+  const bool done = launched(view_out, {known_out, known_cast}, [&]() -> rfk_status {
     switch (form) {
-      case kEuler: return rfk_euler_step(&kCpu, &view_x, &terms[0], nullptr, &scalars[0], nullptr, &view_out, copy);
+      case kEuler:
+        return rfk_euler_step(&kCpu, &view_x, &terms[0], nullptr, &scalars[0], nullptr, &view_out, copy_view);
       case kGuidedEuler:
-        return rfk_euler_step(&kCpu, &view_x, &terms[0], &terms[1], &scalars[0], &scalars[1], &view_out, copy);
+        return rfk_euler_step(&kCpu, &view_x, &terms[0], &terms[1], &scalars[0], &scalars[1], &view_out, copy_view);
       case kTaylor:
-        return rfk_taylor_step(&kCpu, &view_x, terms, static_cast<int32_t>(count), &scalars[0], &view_out, copy);
+        return rfk_taylor_step(&kCpu, &view_x, terms, static_cast<int32_t>(count), &scalars[0], &view_out, copy_view);
       default:
         return rfk_linear_step(&kCpu, &view_x, &c0, terms, scalars, static_cast<int32_t>(count), nullptr, nullptr,
-                               &view_out, copy);
+                               &view_out, copy_view);
     }
   });
+  if (!done) return declined;
+  return casting ? py::object(py::make_tuple(state, copy)) : state;
 }
 
 bool fast_interpolate(py::handle x1, py::handle x0, py::handle t, int path, py::handle seed, py::handle offset,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from rfkernels import _dispatch
-from rfkernels.backends.native import fast_step as _native_fast_step
+from rfkernels.backends.native import fast_step as _fast
 from rfkernels.backends.reference import ode_step as reference
 from rfkernels.ops import _checks
 from rfkernels.ops._scalars import Counter, Noise, Scalar, split, split_counter, wants_grad
@@ -20,7 +20,8 @@ from rfkernels.ops._step_ops import euler_op, linear_op
 
 Cast = torch.dtype | torch.Tensor
 MAX_TERMS = 8
-_LINEAR, _EULER, _GUIDED_EULER, _TAYLOR = range(4)  # forms of the native fast step
+# Forms of `_fast`: the step by the native kernels where every argument is plainly right, else None and the checks say why.
+_LINEAR, _EULER, _GUIDED_EULER, _TAYLOR = range(4)
 
 
 def euler_step(
@@ -56,14 +57,12 @@ def euler_step(
         ValueError: shapes, devices or strides that do not fit; the message says which.
     """
     if _dispatch.fast_call_allowed():
-        if v_uncond is None:
-            state = (
-                None
-                if guidance_scale is not None
-                else _fast(_EULER, x, (v,), (dt,), 1.0, out, cast)
-            )
-        else:
+        if v_uncond is not None:
             state = _fast(_GUIDED_EULER, x, (v, v_uncond), (dt, guidance_scale), 1.0, out, cast)
+        elif guidance_scale is None:
+            state = _fast(_EULER, x, (v,), (dt,), 1.0, out, cast)
+        else:
+            state = None
         if state is not None:
             return state
     _checks.tensor("euler_step", "x", x)
@@ -246,23 +245,6 @@ def linear_step(
 
     scalars = (x_coefficient, *coefficients, *(noise or ()))
     return _run(name, x, tensors, scalars, out, cast, direct, composite, registered)
-
-
-def _fast(form, x, tensors, coefficients, x_coefficient, out, cast):
-    """The step by the native kernels where every argument is plainly right, else None: the checks then say why."""
-    if out is None:
-        if type(x) is not torch.Tensor or not x.is_cpu:
-            return None
-        out = torch.empty_like(x)
-    copy = cast
-    if cast is not None and not isinstance(cast, torch.Tensor):
-        if type(x) is not torch.Tensor or cast not in _checks.FLOATS:
-            return None
-        copy = torch.empty_like(x, dtype=cast)
-    grad = torch.is_grad_enabled()
-    if not _native_fast_step(form, x, tensors, coefficients, x_coefficient, out, copy, grad):
-        return None
-    return out if cast is None else (out, copy)
 
 
 def _registered_linear(x, tensors, x_coefficient, coefficients, noise):

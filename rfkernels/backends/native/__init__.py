@@ -21,9 +21,8 @@ if _max_isa and _max_isa not in ISA_LEVELS:
     )
 
 
-def _never(*_: object) -> bool:
+def _never(*_: object) -> None:
     """Stands in for the fast calls where there is no extension."""
-    return False
 
 
 def _unusual(*_: object) -> int:
