@@ -128,6 +128,11 @@ with rf.use_backend("native"): print(rf.euler_step(x, x, 0.5).tolist())'
   else
     printf 'benchmarks\tskipped: benchmarks/run.py is missing\t0\n' >>"$work/stages.tsv"
   fi
+  if has diffusers; then
+    stage schedulers 60 "$python" "$root/benchmarks/schedulers.py" --device cuda --seconds 0.3 --out "$work/schedulers.csv"
+  else
+    printf 'schedulers\tskipped: diffusers is missing\t0\n' >>"$work/stages.tsv"
+  fi
   # Last, as they may take all that is left: the tests run without a GPU too.
   if has pytest && has hypothesis; then
     stage tests 150 "$python" -m pytest "$root/tests/ops" -q --maxfail=25 -p no:cacheprovider
@@ -165,7 +170,7 @@ except (OSError, ValueError):  # none, or stopped while writing
     report["gpu_checks"] = None
 pathlib.Path(target + ".json").write_text(json.dumps(report, indent=1) + "\n")
 rows = []
-for source in (work / "checks.csv", *sorted(work.glob("benchmarks*/**/*.csv")), work / "benchmarks.csv", work / "attention.csv"):
+for source in (work / "checks.csv", *sorted(work.glob("benchmarks*/**/*.csv")), *(work / f"{name}.csv" for name in ("benchmarks", "attention", "schedulers"))):
     if source.is_file():
         with source.open(newline="") as stream:
             rows += [{"source": source.stem, **row} for row in csv.DictReader(stream)]

@@ -1,18 +1,22 @@
 """Times our diffusers schedulers beside diffusers' own: a step without the network, noise for a batch, reads by the host.
 
     python benchmarks/schedulers.py --out benchmarks/results/schedulers_cpu.csv
-    python benchmarks/schedulers.py --check        then every target: reached or missed
+    python benchmarks/schedulers.py --check            then every target: reached or missed
+    python benchmarks/schedulers.py --device cuda      also host_us, until the host has enqueued a step
 
 The columns are those of rows.py; how often a step makes the host wait stands in `variant`, and err_vs_ref is the difference
 between the two over a whole run. A row is a run of 50 steps divided by its calls, begun by `set_begin_index(0)` as pipelines
-do, on fixed network outputs; laying the schedule out is no part of it.
+do, on fixed network outputs; laying the schedule out is no part of it. On CUDA us_p50 is the time between events before and
+after the run: the slower of host and device.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,8 +55,9 @@ PAIRS = {
 }
 # Tensors read and written a step, at the least: Heun's two stages, a multistep rule's history.
 TRAFFIC = {"euler": 3, "heun": 3.5, "dpm++": 5, "unipc": 7, "scale_noise": 3}
-# case, shape, dtype -> the highest ratio of our time to diffusers'. The large batch of scale_noise has none: it moves 3
-# tensors where diffusers moves 7, and the look-ups that make up the rest of diffusers' time are nothing beside them.
+_HOST_ROUNDS = 20
+# On the CPU: case, shape, dtype -> the highest ratio of our time to diffusers'. The large batch of scale_noise has none: it
+# moves 3 tensors where diffusers moves 7, and the look-ups that make up the rest of diffusers' time are nothing beside them.
 TARGETS = {
     ("euler", "latent-16x128x128", "float32"): 0.6,
     ("euler", "latent-16x128x128", "bfloat16"): 0.3,
@@ -63,30 +68,38 @@ TARGETS = {
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the ops that make the host wait for a device: reads of a number, and of how many numbers are not zero."""
+    """Counts the ops that make the host wait for a device: reads of a number, of how many numbers are not zero, copies."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        self.count += func in waits
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        if func in (aten._local_scalar_dense.default, aten.nonzero.default):
+            self.count += 1
+        elif func is aten._to_copy.default:
+            self.count += result.is_cpu and not args[0].is_cpu
+        elif func is aten.copy_.default:
+            self.count += args[0].is_cpu and not args[1].is_cpu
+        return result
 
 
-def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
     """The same numbers for both sides."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def run_of(make: Callable[[], object], shape: tuple[int, ...], dtype: torch.dtype):
+def run_of(make: Callable[[], object], shape: tuple[int, ...], dtype: torch.dtype, device: str):
     """(a call of a whole run, its steps)."""
     scheduler = make()
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(STEPS, device=device)
     times = list(scheduler.timesteps)
-    x = normal(0, shape, dtype)
-    outputs = [normal(i + 1, shape, dtype) for i in range(4)]  # distinct, as a network's are
+    x = normal(0, shape, dtype, device)
+    outputs = [
+        normal(i + 1, shape, dtype, device) for i in range(4)
+    ]  # distinct, as a network's are
 
     def run() -> torch.Tensor:
         fresh = copy.copy(scheduler)
@@ -99,12 +112,12 @@ def run_of(make: Callable[[], object], shape: tuple[int, ...], dtype: torch.dtyp
     return run, len(times)
 
 
-def noise_of(make: Callable[[], object], shape: tuple[int, ...], dtype: torch.dtype):
+def noise_of(make: Callable[[], object], shape: tuple[int, ...], dtype: torch.dtype, device: str):
     """(a call that mixes noise into a batch of per-sample times, 1)."""
     scheduler = make()
     places = torch.randint(0, 1000, (BATCH,), generator=torch.Generator().manual_seed(3))
-    times = scheduler.timesteps[places]
-    x, noise = normal(0, (BATCH, *shape[1:]), dtype), normal(1, (BATCH, *shape[1:]), dtype)
+    times = scheduler.timesteps[places].to(device)
+    x, noise = (normal(i, (BATCH, *shape[1:]), dtype, device) for i in range(2))
     return lambda: scheduler.scale_noise(x, times, noise), 1
 
 
@@ -115,14 +128,29 @@ def reads_in(call: Callable[[], object], steps: int) -> float:
     return counted.count / steps
 
 
+def host_times(built: dict[str, tuple]) -> dict[str, str]:
+    """Median microseconds until the host has enqueued a step on CUDA; the queue is empty when a run begins."""
+    found = {role: [] for role in built}
+    for _ in range(_HOST_ROUNDS):
+        for role, (call, steps) in built.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            found[role].append((time.perf_counter() - begin) * 1e6 / steps)
+    return {role: f"{statistics.median(values):.3f}" for role, values in found.items()}
+
+
 def measured(
-    case: str, name: str, dtype: str, seconds: float, common: files.Row
+    case: str, name: str, dtype: str, device: str, seconds: float, common: files.Row
 ) -> list[files.Row]:
     """Two rows: ours and diffusers', timed in turns."""
     shape = SHAPES[name]
     make = noise_of if case == "scale_noise" else run_of
     theirs, ours = PAIRS["euler" if case == "scale_noise" else case]
-    built = {"best": make(theirs, shape, DTYPES[dtype]), "fused": make(ours, shape, DTYPES[dtype])}
+    built = {
+        role: make(scheduler, shape, DTYPES[dtype], device)
+        for role, scheduler in (("best", theirs), ("fused", ours))
+    }
     results = {role: call() for role, (call, _) in built.items()}
     error = relative(results["fused"], results["best"])
     if case == "scale_noise":
@@ -132,7 +160,8 @@ def measured(
         elements *= length
     traffic = round(TRAFFIC[case] * elements * DTYPES[dtype].itemsize)
     runners = {role: Runner(call) for role, (call, _) in built.items()}
-    timings = interleaved({**runners, "copy": copy_runner(traffic, "cpu")}, "cpu", seconds, 5)
+    timings = interleaved({**runners, "copy": copy_runner(traffic, device)}, device, seconds, 5)
+    host = host_times(built) if device == "cuda" else dict.fromkeys(built, "")
     rows = []
     for role, (call, steps) in built.items():
         rows.append(
@@ -149,6 +178,7 @@ def measured(
                 "shape_name": name,
                 "shape": "x".join(map(str, shape)),
                 **times(timings[role], steps),
+                "host_us": host[role],
                 "bytes": str(traffic),
                 "copy_gb_s": f"{traffic / timings['copy'].p50 / 1000:.2f}",
                 "err_vs_ref": f"{error:.2e}",  # from each other, over the whole run
@@ -181,6 +211,7 @@ def main(command_line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="where the rows go")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each pair (default: 2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="torch's thread count")
     parser.add_argument(
         "--check", action="store_true", help="then print the targets; 1 if one is missed"
@@ -188,14 +219,15 @@ def main(command_line: list[str] | None = None) -> int:
     options = parser.parse_args(command_line)
     if options.threads:
         torch.set_num_threads(options.threads)
-    common, rows, missed = environment("cpu"), [], 0
+    device = options.device
+    common, rows, missed = environment(device), [], 0
     for case in (*PAIRS, "scale_noise"):
         for name in SHAPES:
             for dtype in DTYPES:
-                theirs, ours = measured(case, name, dtype, options.seconds, common)
+                theirs, ours = measured(case, name, dtype, device, options.seconds, common)
                 rows += [ours, theirs]
                 share = float(ours["us_p50"]) / float(theirs["us_p50"])
-                limit = TARGETS.get((case, ours["shape_name"], dtype))
+                limit = TARGETS.get((case, ours["shape_name"], dtype)) if device == "cpu" else None
                 verdict = ""
                 if limit is not None:
                     missed += share > limit

@@ -1,0 +1,51 @@
+"""benchmarks/schedulers.py: its pairs compute the same, and host reads are counted where they happen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "diffusers", minversion="0.42", reason="the schedulers are compared with 0.42's"
+)
+
+# diffusers' own
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def schedulers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    import schedulers
+
+    yield schedulers
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("case", ["euler", "heun", "dpm++", "unipc", "scale_noise"])
+def test_a_pair_computes_the_same_and_ours_reads_nothing(schedulers, case):
+    theirs, ours = schedulers.PAIRS["euler" if case == "scale_noise" else case]
+    make = schedulers.noise_of if case == "scale_noise" else schedulers.run_of
+    found = {}
+    for name, scheduler in (("theirs", theirs), ("ours", ours)):
+        call, steps = make(scheduler, (1, 2, 3, 4), torch.float32, "cpu")
+        found[name] = call(), schedulers.reads_in(call, steps)
+    assert schedulers.relative(found["ours"][0], found["theirs"][0]) < 1e-5
+    assert found["ours"][1] == 0
+    assert (found["theirs"][1] > 0) == (case in ("heun", "scale_noise"))
+
+
+def test_reads_are_counted(schedulers):
+    with schedulers.HostReads() as counted:
+        values = torch.arange(3.0)
+        values.sum().item()
+        values.nonzero()
+        values.to(torch.float64).add_(1)
+    assert counted.count == 2
