@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,15 +107,6 @@ def recorded(run: Path, images: int = 8) -> Iterator[tuple[Row, tuple[torch.Tens
             )
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Replaces the file by these rows."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.replace_file(path, text.getvalue().encode())
-
-
 def _rows_in(path: Path) -> list[Row]:
     if not path.is_file():
         return []
@@ -143,7 +133,7 @@ def main() -> None:
         for row in measured(*tensors):
             collected.append({**common, **place, **row})
         print(place, {row["scheme"]: row["sqnr_db"] for row in collected[-COUNT:]}, flush=True)
-        write(options.out, kept + collected if trained else collected + kept)
+        files.write(options.out, kept + collected if trained else collected + kept, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ seed, what a distance of nothing looks like at this number of samples. Nothing h
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
@@ -111,13 +109,11 @@ def main() -> None:
         "steps": str(options.steps),
         "train_steps": str(trained),
     }
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for row in measured(options.run, options.samples, options.steps):
-        writer.writerow({**common, **row})
+        rows.append({**common, **row})
         print(row, flush=True)
-        files.replace_file(options.out, text.getvalue().encode())
+        files.write(options.out, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ loaded whatever is loaded once. The output is part of the figure. Nothing here d
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import subprocess
 import sys
@@ -80,9 +78,7 @@ def main() -> None:
         print(peak_mib(name, dtype, tuple(int(n) for n in shape.split("x"))))
         return
     common = {n: v for n, v in environment("cpu").items() if n in COLUMNS}
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for shape in SHAPES:
         for name, dtype in SPELLINGS:
             size = "x".join(map(str, shape))
@@ -103,10 +99,10 @@ def main() -> None:
                 "output_mib": f"{elements * getattr(torch, dtype).itemsize / 2**20:.1f}",
                 "peak_mib": f"{float(done.stdout):.1f}",
             }  # fmt: skip
-            writer.writerow(row)
+            rows.append(row)
             print({n: row[n] for n in COLUMNS[:6]}, flush=True)
     if options.out:
-        files.replace_file(options.out, text.getvalue().encode())
+        files.write(options.out, rows, COLUMNS)
 
 
 if __name__ == "__main__":
