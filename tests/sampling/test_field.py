@@ -1,0 +1,156 @@
+"""What the velocity is given and may answer: memory, times, precision, strides, wrong answers."""
+
+import math
+
+import pytest
+import torch
+from sampling_cases import ALL, FIXED, JVP, Counting, exact
+
+from rfkernels.sampling import sample
+
+# Raised inside torch the first time it differentiates forward.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+
+
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_the_input_and_what_the_velocity_saw_stay_as_they_were(solver, x0):
+    before, seen = x0.clone(), []
+
+    def recording(x, t):
+        seen.append((x, x.clone()))
+        return x  # its own input, the hardest answer to alias
+
+    result = sample(recording, x0, steps=3, solver=solver)
+    assert torch.equal(x0, before)
+    assert all(torch.equal(kept, copy) for kept, copy in seen)
+    assert torch.equal(result, sample(lambda x, t: x.clone(), x0, steps=3, solver=solver))
+
+
+def test_times_given_to_the_velocity_are_its_own(x0):
+    def scaling(x, t):
+        t *= 999
+        return t[:, None, None] / 999 - x
+
+    for solver in FIXED:
+        if solver is JVP:
+            continue  # a forward derivative does not allow writing into its inputs
+        ours = sample(scaling, x0, steps=3, solver=solver)
+        torch.testing.assert_close(ours, sample(Counting(), x0, steps=3, solver=solver))
+
+
+def test_times_and_shapes_the_velocity_gets(x0):
+    seen = []
+
+    def velocity(x, t):
+        seen.append((tuple(x.shape), tuple(t.shape), x.dtype, t.dtype, t[0].item()))
+        return x
+
+    sample(velocity, x0.double(), steps=2, solver="heun")
+    shape, f64 = tuple(x0.shape), torch.float64
+    assert seen == [(shape, (5,), f64, f64, t) for t in (0.0, 0.5, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_source_has_a_float32_state(dtype, x0):
+    """Euler written out: float32 state, the velocity reads and answers in the low precision."""
+    seen, x0 = set(), x0.to(dtype)
+
+    def velocity(x, t):
+        seen.add((x.dtype, t.dtype))
+        return (1 - x) * 0.3
+
+    info = sample(velocity, x0, steps=50, return_info=True)
+    state = x0.float()
+    for _ in range(50):
+        state = state + torch.tensor(1 / 50) * velocity(state.to(dtype), torch.ones(1)).float()
+    assert seen == {(dtype, torch.float32)}
+    assert info.x.dtype == info.trajectory.dtype == dtype
+    torch.testing.assert_close(info.x, state.to(dtype), rtol=0, atol=torch.finfo(dtype).eps)
+    # A bfloat16 state would lose the small steps.
+    true = 1 + (x0.double() - 1) * math.exp(-0.3)
+    assert (info.x.double() - true).abs().max() < 2 * torch.finfo(dtype).eps * true.abs().max()
+
+
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_low_precision_runs_with_every_solver(solver, x0):
+    tolerances = {"rtol": 1e-2, "atol": 1e-2} if solver == "dopri5" else {}
+    result = sample(Counting(), x0.bfloat16(), steps=100, solver=solver, **tolerances)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), exact(x0), rtol=0, atol=0.05)
+
+
+def test_low_precision_velocities_of_a_float32_state(x0):
+    result = sample(lambda x, t: (1 - x).bfloat16(), x0, steps=20, solver="heun")
+    assert result.dtype == torch.float32
+    full = sample(lambda x, t: 1 - x, x0, steps=20, solver="heun")
+    torch.testing.assert_close(result, full, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", FIXED, ids=str)
+def test_strides_do_not_matter(solver):
+    x = torch.randn(4, 6, 8, 10)
+    plain = sample(Counting(), x[:, :, ::2], steps=3, solver=solver)
+    for view in (
+        x.to(memory_format=torch.channels_last)[:, :, ::2],
+        x.mT.contiguous().mT[:, :, ::2],
+    ):
+        torch.testing.assert_close(sample(Counting(), view, steps=3, solver=solver), plain)
+    expanded = sample(Counting(), torch.ones(1, 3).expand(4, 3), steps=3, solver=solver)
+    torch.testing.assert_close(expanded[0], expanded[3])
+
+
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_samples_may_be_single_numbers(solver):
+    x0 = torch.linspace(-2, 2, 7)
+    flat = sample(Counting(), x0, steps=9, solver=solver, guidance_scale=2.0, uncondition={})
+    column = sample(
+        Counting(), x0[:, None], steps=9, solver=solver, guidance_scale=2.0, uncondition={}
+    )
+    torch.testing.assert_close(flat, column[:, 0])
+
+
+def test_compile_compiles_the_velocity(x0, monkeypatch):
+    asked = []
+
+    def compiler(function, mode):
+        asked.append((function, mode))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    velocity = Counting()
+    plain = sample(velocity, x0, steps=2)
+    for choice, mode in ((True, None), ("max-autotune", "max-autotune"), ("default", "default")):
+        assert torch.equal(sample(velocity, x0, steps=2, compile=choice), plain)
+        assert asked.pop() == (velocity, mode)
+    sample(velocity, x0, steps=2, compile=False)
+    assert asked == []
+
+
+def test_an_overwritten_output_of_a_compiled_velocity_is_copied(x0, monkeypatch):
+    """CUDA graphs answer in the same memory every time; heun needs two answers at once."""
+    memory = torch.empty_like(x0)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode: lambda x, t: memory.copy_(function(x, t))
+    )
+    result = sample(Counting(), x0, steps=3, solver="heun", compile="reduce-overhead")
+    assert torch.equal(result, sample(Counting(), x0, steps=3, solver="heun"))
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5", JVP], ids=str)
+@pytest.mark.parametrize(
+    ("velocity", "error", "message"),
+    [
+        (lambda x, t: x[:, :1], ValueError, r"shape of x, \(5, 3, 4\); got \(5, 1, 4\)"),
+        (lambda x, t: x[:1], ValueError, r"shape of x, \(5, 3, 4\); got \(1, 3, 4\)"),
+        (lambda x, t: (x,), TypeError, "must return a tensor; got tuple"),
+        (lambda x, t: None, TypeError, "must return a tensor; got NoneType"),
+        (lambda x, t: x.double(), TypeError, "float64 only if x is float64"),
+        (lambda x, t: x.long(), TypeError, "floating point tensor; got torch.int64"),
+        (lambda x, t: x.to("meta"), ValueError, "on the device of x, cpu; got meta"),
+        (lambda x, t: x.mul_(2), ValueError, "must not write into x"),
+        (lambda x, t: x.flatten(1).neg_().view_as(x), ValueError, "must not write into x"),
+    ],
+)
+def test_refused_answers_of_the_velocity(solver, velocity, error, message, x0):
+    with pytest.raises(error, match="velocity: " + ".*" + message):
+        sample(velocity, x0, steps=2, solver=solver)
