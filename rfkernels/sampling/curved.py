@@ -43,7 +43,7 @@ class CurvedEuler(FixedStepSolver):
 
     def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
         """(alpha, sigma, dalpha, dsigma) at every time of the grid, before the loop."""
-        found = self.path.coefficients(torch.tensor(times, dtype=torch.float64))
+        found = self.path.coefficients(torch.tensor(times, dtype=torch.float64, device="cpu"))
         rows = torch.stack(list(found), 1).tolist()
         for time, row in zip(times[:-1], rows, strict=False):
             if not all(map(math.isfinite, row)):

@@ -53,7 +53,7 @@ _DENSE = (
 # Step factors from 10 down to 0.2, about 2 % apart. A factor f is taken when error <= (0.9 / f)^5:
 # looking the factor up needs comparisons only, while torch.pow may round the same number
 # differently at different places of a batch.
-_FACTORS = torch.logspace(math.log10(10), math.log10(0.2), 181, dtype=torch.float64)
+_FACTORS = torch.logspace(math.log10(10), math.log10(0.2), 181, dtype=torch.float64, device="cpu")
 _THRESHOLDS = (0.9 / _FACTORS[:-1]) ** 5
 
 
@@ -117,7 +117,7 @@ class Dopri5:
         for index in range(self.max_steps):
             batch.attempt()
             if run.callback is not None:
-                run.callback(index, batch.on_device(batch.t), batch.state.model_input)
+                run.callback(index, batch.on_device(batch.t).clone(), batch.state.model_input)
             run.progress(batch.fraction())
             if not batch.live.any():
                 trajectory = batch.reported()
@@ -141,19 +141,20 @@ class _Batch:
         count = x0.shape[0]
         # Without a trajectory only the last time is reported.
         self.times = torch.tensor(
-            run.times if run.keep_trajectory else run.times[-1:], dtype=torch.float64
+            run.times if run.keep_trajectory else run.times[-1:], dtype=torch.float64, device="cpu"
         )
         self.start, self.end = run.times[0], run.times[-1]
         self.direction = 1.0 if self.end > self.start else -1.0
         self.smallest_step = 10 * torch.finfo(field.state_dtype).eps
         self.samples = count
         self.state = field.start(x0)
-        self.rows = torch.arange(count)  # the sample in each row
-        self.live = torch.ones(count, dtype=torch.bool)
-        self.was_rejected = torch.zeros(count, dtype=torch.bool)
-        self.t = torch.full((count,), self.start, dtype=torch.float64)
-        self.nfe = torch.zeros(count, dtype=torch.int64)
-        self.next_report = torch.zeros(count, dtype=torch.int64)  # index into times
+        # On the CPU whatever torch.set_default_device says.
+        self.rows = torch.arange(count, device="cpu")  # the sample in each row
+        self.live = torch.ones(count, dtype=torch.bool, device="cpu")
+        self.was_rejected = torch.zeros(count, dtype=torch.bool, device="cpu")
+        self.t = torch.full((count,), self.start, dtype=torch.float64, device="cpu")
+        self.nfe = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.next_report = torch.zeros(count, dtype=torch.int64, device="cpu")  # index into times
         self._positions: list[Tensor] = []
         self._values: list[Tensor] = []
         if run.keep_trajectory:
@@ -341,9 +342,8 @@ class _Batch:
             (0.01 / s) ** 0.2 if s > 1e-15 else max(1e-6, 1e-3 * t)
             for s, t in zip(steepest.tolist(), trial.tolist(), strict=True)
         ]
-        first = torch.minimum(100 * trial, torch.tensor(second, dtype=torch.float64)).nan_to_num(
-            nan=0.0
-        )
+        first = torch.tensor(second, dtype=torch.float64, device="cpu")
+        first = torch.minimum(100 * trial, first).nan_to_num(nan=0.0)
         return self.direction * first.clamp(self.smallest_step, span)
 
 

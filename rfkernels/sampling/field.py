@@ -249,8 +249,8 @@ class Field:
         return State(*result) if isinstance(result, tuple) else State(result, result)
 
     def _times(self, t: float | Tensor, state: State) -> Tensor:
-        """(B,) times for one call."""
-        return t if isinstance(t, Tensor) else self.time(t, state)
+        """(B,) times for one call, its own: a network may scale them in place."""
+        return t.clone() if isinstance(t, Tensor) else self.time(t, state)
 
     def _parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
         """(coefficient, tensor) of a velocity."""

@@ -231,5 +231,5 @@ def _integrate(
 def _nothing_to_do(x: Tensor, run: Run, solver: Solver) -> Solution:
     """The result for a batch without elements, for which no velocity is called."""
     trajectory = x.expand(len(run.times), *x.shape).clone() if run.keep_trajectory else None
-    nfe = torch.zeros(x.shape[0], dtype=torch.int64) if solver.adaptive else 0
+    nfe = torch.zeros(x.shape[0], dtype=torch.int64, device="cpu") if solver.adaptive else 0
     return Solution(x.clone(), nfe, trajectory)

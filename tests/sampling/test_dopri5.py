@@ -246,12 +246,17 @@ def test_gradients_reach_the_source():
 def test_the_callback_sees_whole_batches_at_their_own_times():
     x0, rate = problem()
     seen = []
+
+    def note(index, t, x):
+        seen.append((index, t.clone(), x.clone()))
+        t.zero_()  # a tensor of its own
+
     info = sample(
         decay,
         x0,
         solver="dopri5",
         condition={"rate": rate},
-        callback=lambda index, t, x: seen.append((index, t.clone(), x.clone())),
+        callback=note,
         return_info=True,
     )
     assert [index for index, _, _ in seen] == list(range(len(seen)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sampling_cases import ALL, FIXED, JVP, Counting, exact
 
-from rfkernels.sampling import sample
+from rfkernels.sampling import invert, sample
 
 # Raised inside torch the first time it differentiates forward.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
@@ -36,6 +36,37 @@ def test_times_given_to_the_velocity_are_its_own(x0):
             continue  # a forward derivative does not allow writing into its inputs
         ours = sample(scaling, x0, steps=3, solver=solver)
         torch.testing.assert_close(ours, sample(Counting(), x0, steps=3, solver=solver))
+
+
+def test_times_are_fresh_for_each_call_of_an_adaptive_solver_too(x0):
+    """Under guidance both calls are at the same times, which the first may have scaled."""
+
+    def scaling(x, t, shift=0.0):
+        t *= 999
+        return t[:, None, None] / 999 - x + shift
+
+    options = {
+        "solver": "dopri5", "guidance_scale": 2.0, "condition": {"shift": 1.0}, "uncondition": {}
+    }  # fmt: skip
+    for direction in (sample, invert):
+        ours = direction(scaling, x0.double(), **options)
+        theirs = direction(
+            lambda x, t, shift=0.0: t[:, None, None] - x + shift, x0.double(), **options
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "curved-euler", "sde", "unipc"])
+def test_the_default_device_does_not_matter(solver, x0):
+    options = {"steps": 3, "solver": solver, **({"seed": 1} if solver == "sde" else {})}
+    expected = sample(Counting(), x0, **options, return_info=True)
+    with torch.device("meta"):
+        found = sample(Counting(), x0, **options, return_info=True)
+        nothing = sample(Counting(), x0[:0], **options, return_info=True)
+    assert torch.equal(found.trajectory, expected.trajectory)
+    assert torch.equal(torch.as_tensor(found.nfe), torch.as_tensor(expected.nfe))
+    if solver == "dopri5":
+        assert nothing.nfe.device.type == "cpu"
 
 
 def test_times_and_shapes_the_velocity_gets(x0):
