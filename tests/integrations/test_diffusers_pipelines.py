@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -28,6 +29,13 @@ FAMILIES = {**diffusers_direct.FAMILIES, **diffusers_dispatched.FAMILIES}
 # diffusers' own: it warns of a class of its own
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 FLUX = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+LTX = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "shift_terminal": 0.1,
+}
 ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "Multistep"]
 
 
@@ -40,21 +48,37 @@ def network(name, **options):
     return build(Family(family.cls, {**family.options, **options}, family.inputs, family.calls))[0]
 
 
+AUTOENCODER = {
+    "block_out_channels": (8, 8, 8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "sample_size": 32,
+}
+
+
 def vae():
     """A picture of 32 x 32 from latents of 4 x 4, 4 channels."""
     torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+    return diffusers.AutoencoderKL(**AUTOENCODER, shift_factor=0.0609, scaling_factor=1.5035).eval()
+
+
+def ltx_vae():
+    """A video of 5 frames of 32 x 32 from latents of 2 frames of 8 x 8, 4 channels."""
+    torch.manual_seed(0)
+    sides = {"block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5}
+    scaling = (True, True, False, False)
+    return diffusers.AutoencoderKLLTXVideo(
         latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        shift_factor=0.0609,
-        scaling_factor=1.5035,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=32,
+        patch_size=1,
+        spatio_temporal_scaling=scaling,
+        decoder_spatio_temporal_scaling=scaling,
+        **sides,
+        **{f"decoder_{name}": value for name, value in sides.items()},
     ).eval()
 
 
@@ -63,6 +87,17 @@ def flux(scheduler):
     network_of_it = network("Flux", in_channels=16)
     return diffusers.FluxPipeline(
         scheduler=scheduler, vae=vae(), transformer=network_of_it, **nothing
+    )
+
+
+def flux2(scheduler):
+    torch.manual_seed(0)
+    return diffusers.Flux2Pipeline(
+        scheduler=scheduler,
+        vae=diffusers.AutoencoderKLFlux2(**AUTOENCODER).eval(),
+        transformer=network("Flux2", in_channels=16),
+        text_encoder=None,
+        tokenizer=None,
     )
 
 
@@ -86,6 +121,14 @@ def wan(scheduler):
     return diffusers.WanPipeline(scheduler=scheduler, transformer=network("Wan"), **nothing)
 
 
+def ltx(scheduler, cls=diffusers.LTXPipeline):
+    nothing = dict.fromkeys(("text_encoder", "tokenizer"))
+    return cls(scheduler=scheduler, vae=ltx_vae(), transformer=network("LTX"), **nothing)
+
+
+VIDEO = (diffusers.WanPipeline, diffusers.LTXPipeline, diffusers.LTXConditionPipeline)
+
+
 def call(pipe, steps=4, **options):
     """Latents (or what output_type says) of a run with fixed embeddings and noise."""
     pipe.set_progress_bar_config(disable=True)
@@ -100,17 +143,22 @@ def call(pipe, steps=4, **options):
         "height": 32,
         "width": 32,
     }
-    if isinstance(pipe, diffusers.WanPipeline):
+    if isinstance(pipe, VIDEO):
         arguments |= {"num_frames": 5, "guidance_scale": 2.0, "negative_prompt_embeds": -text}
-    else:
+    elif not isinstance(pipe, diffusers.Flux2Pipeline):
         arguments["pooled_prompt_embeds"] = torch.randn(1, 32, generator=generator)
+    if isinstance(pipe, VIDEO[1:]):
+        arguments["prompt_attention_mask"] = torch.ones(1, 7)
+        arguments["negative_prompt_attention_mask"] = torch.ones(1, 7)
     return pipe(**{**arguments, **options}, return_dict=False)[0]
 
 
 CASES = {
     "Flux": (flux, FLUX),
+    "Flux2": (flux2, FLUX),
     "SD3": (sd3, {"shift": 3.0}),
     "Wan": (wan, {"shift": 5.0}),
+    "LTX": (ltx, LTX),
 }
 
 
@@ -127,18 +175,44 @@ def test_the_same_latents_as_with_the_scheduler_of_diffusers(name):
     assert torch.equal(call(pipe), expected)  # a second run starts afresh
 
 
+@functools.cache
+def many_euler_steps(name):
+    make, config = CASES[name]
+    return call(make(FlowMatchEulerDiscreteScheduler(**config)), 160)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scheduler", ALL[1:])
 def test_other_schedulers_run_and_agree(name, scheduler):
-    """All of them go to the same flow's end: with many steps as one, with few not."""
+    """All of them go to the same flow's end, where Euler comes with many steps."""
     make, config = CASES[name]
     pipe = make(FlowMatchEulerDiscreteScheduler(**config))
-    euler = call(pipe, 60)
     pipe.scheduler = cls_of(scheduler).from_config(pipe.scheduler.config)
-    found = call(pipe, 30)
+    euler, found = many_euler_steps(name), call(pipe, 30)
     assert found.shape == euler.shape
     assert found.dtype == euler.dtype
     assert 0 < (found - euler).norm() / euler.norm() < 0.15
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_tokens_have_times_of_their_own(strength):
+    """LTX's pipeline that holds a frame: its tokens are clean, the schedule may begin midway."""
+    pipe = ltx(FlowMatchEulerDiscreteScheduler(), diffusers.LTXConditionPipeline)
+    frame = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    start = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    options = {"image": frame, "frame_index": 0, "strength": 0.9, "denoise_strength": strength}
+    options |= {"latents": start} if strength < 1 else {}
+    results = []
+    for cls in (FlowMatchEulerDiscreteScheduler, rfd.RFEulerScheduler):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        results.append(call(pipe, 5, **options))
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], call(pipe, 5, **{**options, "image": 1 - frame}))
+    pipe.scheduler = rfd.RFMidpointScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(TypeError, match="per_token_timesteps"):
+        call(pipe, 5, **options)
 
 
 def test_wan_keeps_the_shift_of_its_multistep_scheduler():
@@ -154,15 +228,20 @@ def test_wan_keeps_the_shift_of_its_multistep_scheduler():
     assert pipe.scheduler.shift == 5.0
 
 
-@pytest.mark.parametrize("scheduler", ALL)
-def test_a_pipeline_is_saved_and_loaded(scheduler, tmp_path):
-    pipe = flux(cls_of(scheduler)(**FLUX, single_shift=True))
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [*(("Flux", name) for name in ALL), ("Flux2", "Midpoint"), ("LTX", "Multistep")],
+)
+def test_a_pipeline_is_saved_and_loaded(name, scheduler, tmp_path):
+    make, config = CASES[name]
+    pipe = make(cls_of(scheduler)(**config, single_shift=True))
     expected = call(pipe, 3, output_type="np")
-    assert expected.shape == (1, 32, 32, 3)
+    assert expected.shape[-3:] == (32, 32, 3)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["scheduler"] == ["rfkernels.integrations.diffusers", f"RF{scheduler}Scheduler"]
-    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    nothing = {name: None for name in names if name in pipe.components}
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **nothing)
     assert type(again.scheduler) is cls_of(scheduler)
     assert again.scheduler.config.single_shift
@@ -170,8 +249,8 @@ def test_a_pipeline_is_saved_and_loaded(scheduler, tmp_path):
     assert np.abs(call(again, 3, output_type="np") - expected).max() < 1e-5
     # another scheduler may be given in its place
     other = cls_of("Euler").from_pretrained(tmp_path, subfolder="scheduler")
-    assert other.config.max_shift == 1.15
-    replaced = diffusers.FluxPipeline.from_pretrained(tmp_path, scheduler=other, **nothing)
+    assert other.config.max_shift == config["max_shift"]
+    replaced = type(pipe).from_pretrained(tmp_path, scheduler=other, **nothing)
     assert type(replaced.scheduler) is cls_of("Euler")
 
 
