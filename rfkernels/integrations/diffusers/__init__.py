@@ -5,6 +5,7 @@
     coverage()                               which models are covered, and how
     velocity_from_pretrained(folder)         a network as velocity(x, t, **condition), to train and sample
     allow_exchange(model)                    its attention features can be shared by rf.editing.edit
+    edit(pipe, image, source, target)        training-free editing on a whole pipeline
 
     RFEulerScheduler, RFHeunScheduler, RFMidpointScheduler, RFFireFlowScheduler, RFMultistepScheduler
                                              pipe.scheduler = RF...Scheduler.from_config(pipe.scheduler.config)
@@ -21,6 +22,7 @@ from rfkernels.integrations.diffusers.attention import (
     set_attention,
 )
 from rfkernels.integrations.diffusers.coverage import Coverage, coverage
+from rfkernels.integrations.diffusers.editing import PipelineEdit, edit
 from rfkernels.integrations.diffusers.exchange import allow_exchange, forbid_exchange
 from rfkernels.integrations.diffusers.schedulers import __all__ as _SCHEDULERS
 from rfkernels.integrations.diffusers.velocity import (
@@ -33,9 +35,11 @@ __all__ = [
     "Coverage",
     "DiffusersNetwork",
     "DiffusersVelocity",
+    "PipelineEdit",
     "allow_exchange",
     "attention_stats",
     "coverage",
+    "edit",
     "forbid_exchange",
     "register_attention_backend",
     "reset_attention",
