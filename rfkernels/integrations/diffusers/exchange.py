@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -52,24 +53,47 @@ class _ExchangeMode(TorchFunctionMode):
 
 @functools.cache
 def _exchanging_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the same name and signature that looks at `exchange` first."""
+    """A subclass of the same name that looks at `exchange` first."""
 
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # Not in `forward`, which hooks of accelerate and diffusers replace in single layers.
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.exchange is None:
-            return cls.forward(self, *args, **kwargs)
-        with _ExchangeMode(self.exchange) as mode:
-            result = cls.forward(self, *args, **kwargs)
-        if not mode.met:
-            raise ValueError(
-                f"features: attention must be torch's scaled_dot_product_attention, where features "
-                f"can be reached; this {cls.__name__} has another backend (reset_attention and "
-                "set_attention_backend('native') give torch's back)"
-            )
-        return result
+            return cls.__call__(self, *args, **kwargs)
+        return _exchanged(cls, self, args, kwargs)
 
-    body = {"forward": forward, "exchange": None, "__module__": cls.__module__}
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (cls,), self.__dict__
+
+    body = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "exchange": None,
+        "__module__": cls.__module__,
+    }
     return type(cls.__name__, (cls,), body)
+
+
+@torch.compiler.disable  # torch.compile does not trace such modes
+def _exchanged(
+    cls: type[nn.Module], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The layer's answer with its features exchanged."""
+    mode = _ExchangeMode(layer.exchange)
+    with mode:
+        result = cls.__call__(layer, *args, **kwargs)
+    if not mode.met:
+        raise ValueError(
+            f"features: attention must be torch's scaled_dot_product_attention, where features "
+            f"can be reached; this {cls.__name__} has another backend or a cache (reset_attention, "
+            "set_attention_backend('native') and disable_cache give torch's back)"
+        )
+    return result
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    """An empty layer, for copies and pickles."""
+    exchanging = _exchanging_class(cls)
+    return exchanging.__new__(exchanging)
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
