@@ -131,6 +131,202 @@ def test_other_configs_are_refused(name, config, message):
         cls_of(name).from_config(config)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_fields_that_a_pipeline_registers_are_kept(name):
+    """Cosmos 2 writes three of them into the config of its FlowMatchEulerDiscreteScheduler, and resamples between them."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    fields = {"sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 1.0}
+    theirs.register_to_config(**fields, final_sigmas_type="sigma_min")
+    ours = cls_of(name).from_config(theirs.config)
+    assert {key: ours.config[key] for key in fields} == fields
+    if name == "Euler":
+        for scheduler in (theirs, ours):
+            scheduler.set_timesteps(sigmas=torch.linspace(0, 1, 6, dtype=torch.float64))
+        assert torch.equal(ours.sigmas, theirs.sigmas)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        # of flows, but of another kind
+        {"_class_name": "MiniMaxH3Scheduler", "shift": 12.0},  # time and velocity reversed
+        {"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 1.0},  # steps of any length
+        {"_class_name": "HeliosScheduler", **FLOW, "shift": 3.0, "stages": 3},
+        {**FLOW, "shift": 3.0, "stages": 3},
+        "LTXEulerAncestralRFScheduler",
+        "PiflowScheduler",
+        # of none
+        "KarrasVeScheduler",
+        "ScoreSdeVeScheduler",
+        "UnCLIPScheduler",
+        {"_class_name": "DDPMWuerstchenScheduler", "scaler": 1.0, "s": 0.008},
+        {"_class_name": ["my_pipeline", "MyScheduler"], "shift": 3.0},
+    ],
+)
+def test_configs_of_other_schedulers_are_refused(other):
+    config = getattr(diffusers, other)().config if isinstance(other, str) else other
+    with pytest.raises(ValueError, match="must be of a flow-matching scheduler"):
+        rfd.RFEulerScheduler.from_config(config)
+
+
+def run_of(scheduler):
+    scheduler.set_timesteps(6, **({"mu": 0.8} if scheduler.config.use_dynamic_shifting else {}))
+    return scheduler.sigmas, scheduler.timesteps
+
+
+CHANGED = {  # every field, one at a time
+    "UniPCMultistepScheduler": {
+        "num_train_timesteps": 500,
+        "beta_schedule": "scaled_linear",
+        "solver_order": 3,
+        "solver_type": "bh1",
+        "lower_order_final": False,
+        "disable_corrector": [0, 2],
+        "flow_shift": 4.0,
+        "timestep_spacing": "trailing",
+        "steps_offset": 3,
+        "final_sigmas_type": "sigma_min",
+        "rescale_betas_zero_snr": True,
+        "use_dynamic_shifting": True,
+        "sigma_min": 0.02,
+        "shift_terminal": 0.1,
+    },
+    "DPMSolverMultistepScheduler": {
+        "num_train_timesteps": 500,
+        "solver_order": 3,
+        "solver_type": "heun",
+        "lower_order_final": False,
+        "euler_at_final": True,
+        "flow_shift": 4.0,
+        "lambda_min_clipped": -5.1,
+        "variance_type": "learned",
+        "timestep_spacing": "leading",
+        "use_dynamic_shifting": True,
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 500,
+        "shift": 4.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.6,
+        "max_shift": 1.3,
+        "base_image_seq_len": 128,
+        "max_image_seq_len": 2048,
+        "invert_sigmas": True,
+        "shift_terminal": 0.1,
+        "use_karras_sigmas": True,
+        "use_exponential_sigmas": True,
+        "use_beta_sigmas": True,
+        "time_shift_type": "linear",
+        "stochastic_sampling": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("origin", "field"), [(origin, field) for origin, fields in CHANGED.items() for field in fields]
+)
+def test_every_field_arrives_and_returns(origin, field, tmp_path):
+    flow = {} if origin.startswith("FlowMatch") else FLOW
+    theirs = getattr(diffusers, origin)(**flow, **{field: CHANGED[origin][field]})
+    name = "Multistep" if flow else "Euler"
+    ours = cls_of(name).from_config(theirs.config, integer_timesteps=bool(flow))
+    for found, expected in zip(run_of(ours), run_of(theirs), strict=True):
+        assert torch.equal(found, expected)
+    if field in ours.config:
+        assert ours.config[field] == theirs.config[field]
+    ours.save_pretrained(tmp_path)
+    for config in (ours.config, cls_of(name).from_pretrained(tmp_path).config):
+        back = type(theirs).from_config(config)
+        assert all(
+            back.config[key] == value for key, value in theirs.config.items() if key[0] != "_"
+        )
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_config_is_of_the_scheduler_it_was_last_of(saved, tmp_path):
+    """A config carries along the fields of every scheduler that it went through; the last one's count."""
+
+    def through(scheduler, cls, **options):
+        if saved:
+            scheduler.save_pretrained(tmp_path)
+            scheduler = type(scheduler).from_pretrained(tmp_path)
+        return cls.from_config(scheduler.config, **options)
+
+    wan, euler = UniPCMultistepScheduler(**FLOW, flow_shift=3.0), rfd.RFEulerScheduler
+    straight = through(wan, diffusers.FlowMatchEulerDiscreteScheduler, shift=5.0)
+    ours = through(straight, euler)
+    assert (ours.config.grid, ours.shift) == ("flow-match", 5.0)
+    assert through(straight, rfd.RFMultistepScheduler).config.algorithm == "ab2"
+    deis = through(
+        diffusers.DEISMultistepScheduler(**FLOW), diffusers.FlowMatchEulerDiscreteScheduler
+    )
+    assert through(deis, rfd.RFMultistepScheduler).config.algorithm == "ab2"
+
+    ours = through(wan, euler)
+    again = through(through(ours, UniPCMultistepScheduler, flow_shift=8.0), euler)
+    assert (again.config.grid, again.shift) == ("unipc", 8.0)
+    other = through(ours, DPMSolverMultistepScheduler)
+    again = through(other, rfd.RFMultistepScheduler)
+    assert (again.config.grid, again.config.algorithm, again.shift) == ("dpm++", "dpm++", 3.0)
+    made = through(rfd.RFEulerScheduler(shift=2.0), UniPCMultistepScheduler, **FLOW, flow_shift=4.0)
+    assert through(made, euler).shift == 4.0
+
+
+def test_fields_of_the_other_scheduler_by_keyword():
+    plain = UniPCMultistepScheduler().config
+    with pytest.raises(ValueError, match="use_flow_sigmas must be True"):
+        rfd.RFMultistepScheduler.from_config(plain)
+    ours = rfd.RFMultistepScheduler.from_config(plain, **FLOW, flow_shift=3.0)
+    assert (ours.config.grid, ours.config.algorithm, ours.shift) == ("unipc", "unipc", 3.0)
+    with pytest.raises(ValueError, match="predict_x0 must be one of"):
+        rfd.RFMultistepScheduler.from_config(plain, **FLOW, predict_x0=False)
+    karras = {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
+    ours = rfd.RFEulerScheduler.from_config(plain, **FLOW, **karras, integer_timesteps=True)
+    theirs = UniPCMultistepScheduler.from_config(plain, **FLOW, **karras)
+    for found, expected in zip(run_of(ours), run_of(theirs), strict=True):
+        assert torch.equal(found, expected)
+    short = {"_class_name": "UniPCMultistepScheduler", **FLOW}  # as written by hand
+    assert rfd.RFMultistepScheduler.from_config(short).config.algorithm == "unipc"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grid": "unipc", "use_beta_sigmas": True},
+        {"grid": "unipc", "use_exponential_sigmas": True},
+        {"grid": "dpm++", "use_karras_sigmas": True},
+        {"grid": "dpm++", "shift_terminal": 0.1},
+        {"grid": "dpm++", "final_sigmas_type": "sigma_min"},
+        {"grid": "dpm++", "use_dynamic_shifting": True, "time_shift_type": "linear"},
+    ],
+)
+def test_what_a_grid_would_pass_over_is_refused(options):
+    with pytest.raises(ValueError, match=r"grid='(flow-match|dpm\+\+)'"):
+        rfd.RFEulerScheduler(**options)
+    bare = rfd.RFEulerScheduler(grid="unipc", use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="needs sigma_max and sigma_min"):
+        bare.set_timesteps(4)
+
+
+def test_the_way_back_from_another_algorithm(tmp_path):
+    """Their solver_type may not be None; ab2 keeps the one it came with."""
+    wan = UniPCMultistepScheduler(**FLOW, solver_type="bh1").config
+    for options, kind in (
+        ({}, "bh1"),
+        ({"algorithm": "ab2"}, "bh1"),
+        ({"algorithm": "dpm++"}, "bh2"),
+    ):
+        ours = rfd.RFMultistepScheduler.from_config(wan, **options)
+        assert UniPCMultistepScheduler.from_config(ours.config).config.solver_type == kind
+    rfd.RFMultistepScheduler().save_pretrained(tmp_path)
+    ours = rfd.RFMultistepScheduler.from_pretrained(tmp_path)
+    assert UniPCMultistepScheduler.from_config(ours.config).config.solver_type == "bh2"
+    assert (
+        rfd.RFMultistepScheduler.from_config(ours.config, algorithm="unipc").config.solver_type
+        == "bh2"
+    )
+
+
 def test_solvers_that_are_not_here_are_refused():
     for config, field in (
         (UniPCMultistepScheduler(**FLOW, predict_x0=False).config, "predict_x0"),

@@ -21,6 +21,7 @@ from diffusers.utils import logging
 from rfkernels.integrations.diffusers.schedulers import grid as grids
 from rfkernels.integrations.diffusers.schedulers import noising
 from rfkernels.integrations.diffusers.schedulers.config import (
+    DPM,
     FINAL_SIGMAS,
     FLOW_MATCH,
     GRIDS,
@@ -32,6 +33,11 @@ from rfkernels.integrations.diffusers.schedulers.host_copy import Levels, TimeTa
 SchedulerOutput = FlowMatchEulerDiscreteSchedulerOutput
 _RESAMPLINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _KEEP, _SHIFT = EXPLICIT = ("keep", "shift")
+_NOT_ON = {  # options that a grid would pass over
+    FLOW_MATCH: (),
+    UNIPC: ("invert_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+    DPM: ("invert_sigmas", "shift_terminal", *_RESAMPLINGS),
+}
 logger = logging.get_logger(f"diffusers.{__name__}")  # so that diffusers' verbosity governs it
 
 
@@ -122,9 +128,17 @@ class FlowScheduler(FlowConfig):
                 raise ValueError(
                     f"{name}: {field} must be one of {', '.join(allowed)}; got {config[field]!r}"
                 )
-        if config["grid"] != FLOW_MATCH and config["invert_sigmas"]:
+        for field in _NOT_ON[config["grid"]]:
+            if config[field]:
+                raise ValueError(f"{name}: {field} needs grid='flow-match'; got {config['grid']!r}")
+        if config["grid"] == DPM and (
+            config["final_sigmas_type"] != "zero"
+            or (config["use_dynamic_shifting"] and config["time_shift_type"] != "exponential")
+        ):
+            fields = "final_sigmas_type", "time_shift_type"
+            got = ", ".join(repr(config[field]) for field in fields)
             raise ValueError(
-                f"{name}: invert_sigmas needs grid='flow-match'; got {config['grid']!r}"
+                f"{name}: grid='dpm++' ends at zero and shifts exponentially; got {got}"
             )
         if config["stochastic_sampling"] and not self._stochastic:
             raise ValueError(

@@ -6,7 +6,7 @@ A config is a dict of constructor arguments, as in ``pipe.scheduler.config``. No
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 FLOW_MATCH, UNIPC, DPM = GRIDS = ("flow-match", "unipc", "dpm++")
 COMPATIBLE = (
@@ -19,27 +19,72 @@ COMPATIBLE = (
     "DEISMultistepScheduler",
     "SASolverScheduler",
 )
-# Fields of a diffusion schedule; with none of them a config is taken for one of the FlowMatch family.
-_DIFFUSION = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "sigma_data",
-    "snr_shift_scale",
-)
+# The fields of the FlowMatch family; a config without a class name may have no others, unless it has all of them.
+_FLOW_MATCH_FIELDS = {
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "time_shift_type",
+    "stochastic_sampling",
+    "scale_factors",
+    "upscale_mode",
+}
+OURS = ("grid", "algorithm")  # which say how a scheduler of ours reads the rest
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
-def _refuse(name: str, rule: str, got: object) -> None:
+def _refuse(name: str, rule: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: {rule}; got {got!r}")
+
+
+def _origin(name: str, config: Mapping[str, Any]) -> str:
+    """Whose config it is: "ours", "multistep" or "flow-match".
+
+    A config carries along the fields of every scheduler that it went through, so fields alone do not tell. The class name
+    does. Schedulers that were made in code have none: their own fields stand first.
+
+    Raises:
+        ValueError: of a scheduler that is not one of these.
+    """
+    fields = [key for key in config if not key.startswith("_")]
+    origin = config.get("_class_name")
+    if isinstance(origin, (list, tuple)):
+        origin = origin[-1]
+    if origin is None:
+        if "flow_shift" in fields and "shift" in fields:
+            first = fields.index("shift") < fields.index("flow_shift")
+            return "flow-match" if first else "multistep"
+        if "flow_shift" in fields or ("use_flow_sigmas" in fields and "shift" not in fields):
+            return "multistep"
+        if "grid" in fields:
+            return "ours"
+        if "base_shift" in fields or _FLOW_MATCH_FIELDS.issuperset(fields):
+            return "flow-match"
+    elif origin in COMPATIBLE:
+        return "flow-match" if origin.startswith("FlowMatch") else "multistep"
+    elif "Inverse" in origin:
+        _refuse(name, "config must be of a scheduler from noise to data", origin)
+    elif "grid" in fields:
+        return "ours"
+    known, others = ", ".join(COMPATIBLE), sorted({*fields} - _FLOW_MATCH_FIELDS)
+    rule = f"config must be of a flow-matching scheduler ({known}), not of a diffusion schedule"
+    _refuse(name, rule, f"{origin or 'a config'} with {', '.join(others) or 'no other fields'}")
 
 
 def adapted(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the fields of our schedulers filled in from those of the scheduler it comes from.
 
-    A config that has ``grid`` is one of ours and comes back as it is. The shift of a multistep scheduler is its
-    ``flow_shift``; its own fields stay in the result, so that the way back is open.
+    One of ours comes back as it is. The shift of a multistep scheduler is its ``flow_shift``; its own fields stay in the
+    result, so that the way back is open.
 
     Args:
         name: who asks, for the messages.
@@ -51,21 +96,17 @@ def adapted(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     # Values that the other constructor filled in are as good as given ones here, where the defaults differ.
     used_defaults = config.pop("_use_default_values", [])
-    if "grid" in config:
+    origin = _origin(name, config)
+    if origin == "ours":
         return {**config, "_use_default_values": used_defaults}
+    for field in OURS:  # left by one of ours that it went through
+        config.pop(field, None)
+    if origin == "multistep":
+        return _multistep(name, config)
     if config.get("scale_factors") is not None:
-        _refuse(
-            name,
-            "config.scale_factors must be None (levels of several sizes)",
-            config["scale_factors"],
-        )
-    if "flow_shift" not in config and "use_flow_sigmas" not in config:
-        found = [key for key in _DIFFUSION if key in config]
-        if found:
-            rule = "config must be of a flow-matching scheduler, not of a diffusion schedule"
-            _refuse(name, rule, f"{config.get('_class_name', 'a config')} with {', '.join(found)}")
-        return config
-    return _multistep(name, config)
+        rule = "config.scale_factors must be None (levels of several sizes)"
+        _refuse(name, rule, config["scale_factors"])
+    return {**config, "grid": FLOW_MATCH}
 
 
 def _multistep(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -75,11 +116,9 @@ def _multistep(name: str, config: dict[str, Any]) -> dict[str, Any]:
         _refuse(
             name, f"config.use_flow_sigmas must be True ({origin})", config.get("use_flow_sigmas")
         )
-    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+    if config.get("prediction_type") != "flow_prediction":
         rule = f"config.prediction_type must be 'flow_prediction' ({origin})"
-        _refuse(name, rule, config["prediction_type"])
-    if "Inverse" in str(origin):
-        _refuse(name, "config must be of a scheduler from noise to data", origin)
+        _refuse(name, rule, config.get("prediction_type"))
     if config.get("thresholding"):
         _refuse(name, f"config.thresholding must be False ({origin})", config["thresholding"])
     for flag in ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
@@ -107,17 +146,17 @@ def _multistep(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_unipc(config: Mapping[str, Any]) -> bool:
-    """Whether a multistep config is UniPC's; it alone has these fields."""
-    return (
-        config.get("_class_name") == "UniPCMultistepScheduler"
-        or "predict_x0" in config
-        or "solver_p" in config
-    )
+    """Whether a multistep config is UniPC's; the others have the second of these fields, and own fields stand first."""
+    if "_class_name" in config:
+        return config["_class_name"] == "UniPCMultistepScheduler"
+    fields = [field for field in config if field in ("predict_x0", "algorithm_type")]
+    return fields[:1] == ["predict_x0"]
 
 
 def solver(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of RFMultistepScheduler's solver in a multistep config of diffusers; DEIS and SA-Solver become "dpm++"."""
-    unipc = _is_unipc(config)
+    """The fields of RFMultistepScheduler's solver in a multistep config of diffusers, adapted; DEIS and SA-Solver become
+    "dpm++"."""
+    unipc = config["grid"] == UNIPC
     known = ("bh2", "bh1") if unipc else ("midpoint", "heun")
     kind = config.get("solver_type")
     return {

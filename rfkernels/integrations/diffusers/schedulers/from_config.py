@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from rfkernels.integrations.diffusers.schedulers.config import COMPATIBLE, adapted
+from rfkernels.integrations.diffusers.schedulers.config import COMPATIBLE, OURS, adapted
 
 
 class FlowConfig(SchedulerMixin, ConfigMixin):
@@ -31,6 +31,8 @@ class FlowConfig(SchedulerMixin, ConfigMixin):
         """A scheduler from the config of another one of flows: ours, the FlowMatch family, or UniPC, DPM-Solver++, DEIS
         and SA-Solver with ``use_flow_sigmas``; their ``flow_shift`` is ``shift`` here and may be given by either name.
 
+        Fields of that config, too, may be given by keyword.
+
         Raises:
             ValueError: a config of a diffusion schedule, or with an option that has no counterpart here.
         """
@@ -44,9 +46,13 @@ class FlowConfig(SchedulerMixin, ConfigMixin):
                         f"{cls.__name__}: shift and flow_shift are one value; "
                         f"got {kwargs['shift']!r} and {given!r}"
                     )
-            config = cls._checked(adapted(cls.__name__, config), kwargs)
+            changed = {key: kwargs[key] for key in kwargs if key in config and key not in OURS}
+            config = cls._checked(adapted(cls.__name__, {**config, **changed}), kwargs)
+            for key in changed.keys() - cls._get_init_keys(cls):
+                del kwargs[key]
             if "shift" in kwargs and "flow_shift" in config:
                 config["flow_shift"] = kwargs["shift"]  # for the way back
+            config.setdefault("_class_name", cls.__name__)  # so that it is known whose it is
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod

@@ -129,7 +129,13 @@ def _unipc(
 ) -> tuple[np.ndarray, np.ndarray]:
     count = config["num_train_timesteps"]
     if config["use_karras_sigmas"]:  # between two ratios sigma / (1 - sigma), as Cosmos has it
-        ratios = karras(config["sigma_max"], config["sigma_min"], steps)
+        largest, smallest = config.get("sigma_max"), config.get("sigma_min")
+        if largest is None or smallest is None:
+            raise ValueError(
+                "set_timesteps: use_karras_sigmas with grid='unipc' needs sigma_max and sigma_min in the config; "
+                f"got {largest!r} and {smallest!r}"
+            )
+        ratios = karras(largest, smallest, steps)
         levels = ratios / (ratios + 1)
     else:
         if sigmas is None:

@@ -13,7 +13,7 @@ from rfkernels.integrations.diffusers.schedulers.config import FLOW_MATCH, solve
 from rfkernels.sampling import multistep as rules
 
 AB2, DPM, UNIPC = ALGORITHMS = ("ab2", "dpm++", "unipc")
-_KINDS = {AB2: (None,), DPM: ("midpoint", "heun"), UNIPC: ("bh2", "bh1")}
+_KINDS = {DPM: ("midpoint", "heun"), UNIPC: ("bh2", "bh1")}
 _MAX_ORDER = 3
 # What diffusers' multistep schedulers have besides; None where a config has no such field.
 _TAKEN = {
@@ -46,7 +46,8 @@ class RFMultistepScheduler(FlowScheduler):
     Args:
         algorithm: see the table; `from_config` takes that of a multistep config.
         solver_order: of "dpm++" and "unipc", 1 to 3; "ab2" is of order 2.
-        solver_type: "midpoint" or "heun" for "dpm++", "bh2" or "bh1" for "unipc"; None is the first of the two.
+        solver_type: "midpoint" or "heun" for "dpm++", "bh2" or "bh1" for "unipc"; None is the first of the two. "ab2"
+            only keeps it, for the way back.
         lower_order_final: lower the order of the last steps: of "unipc" always, of "dpm++" in runs of under 15 steps.
         euler_at_final: end "dpm++" by a step of order 1.
         disable_corrector: steps of "unipc" after which the corrector rests.
@@ -95,7 +96,10 @@ class RFMultistepScheduler(FlowScheduler):
             raise ValueError(
                 f"RFMultistepScheduler: solver_order must be 1 to 3; got {solver_order!r}"
             )
-        if solver_type is not None and solver_type not in _KINDS[algorithm]:
+        if solver_type is None:
+            # For "ab2", too: diffusers' schedulers read no None.
+            self.register_to_config(solver_type=_KINDS.get(algorithm, _KINDS[DPM])[0])
+        elif solver_type not in _KINDS.get(algorithm, (solver_type,)):
             raise ValueError(
                 f"RFMultistepScheduler: solver_type of {algorithm!r} must be one of {_KINDS[algorithm]}; "
                 f"got {solver_type!r}"
@@ -108,10 +112,18 @@ class RFMultistepScheduler(FlowScheduler):
 
     @classmethod
     def _checked(cls, config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-        if "algorithm" not in config and "flow_shift" in config:
+        if (
+            "algorithm" not in config
+            and "use_flow_sigmas" in config
+            and config["grid"] != FLOW_MATCH
+        ):
             config |= solver(config)
-        if overrides.get("algorithm", config.get("algorithm")) != config.get("algorithm"):
-            return config if "solver_type" in overrides else {**config, "solver_type": None}
+        algorithm = config.get("algorithm", AB2)
+        if overrides.get("algorithm", algorithm) != algorithm:
+            kind = config.get("solver_type")
+            if kind not in _KINDS.get(overrides["algorithm"], (kind,)):
+                config.pop("solver_type", None)
+            return config
         for field, allowed in _TAKEN.items():
             if config.get(field) not in allowed:
                 raise ValueError(
@@ -170,7 +182,7 @@ class RFMultistepScheduler(FlowScheduler):
     ) -> torch.Tensor:
         """A step of "dpm++" or "unipc": coefficients of m = x - sigma v, spelt out in x and v, and one sum."""
         config = self._options
-        kind = config["solver_type"] or _KINDS[config["algorithm"]][0]
+        kind = config["solver_type"]
         order = self._step_order(index)
         calls = [(index, sample, output), *self._past]
         sigmas = [levels[index + 1], *(levels[i] for i, _, _ in calls)]
