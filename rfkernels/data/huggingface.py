@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from rfkernels._whole_file import read_json_kept, write_json_whole
 from rfkernels.data.captions import caption_vectors
 from rfkernels.data.dataset import Rows
 from rfkernels.data.decode import as_samples, check_image_options, decode_image
 from rfkernels.data.order import block_order, locate
-from rfkernels.data.whole_file import read_json_kept, write_json_whole
 
 __all__ = ["HuggingFaceData", "HuggingFaceStream", "from_huggingface", "load_huggingface"]
 

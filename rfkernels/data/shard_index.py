@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from rfkernels._whole_file import read_json_kept, write_json_whole
 from rfkernels.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_integer
-from rfkernels.data.whole_file import read_json_kept, write_json_whole
 
 __all__ = ["FIELDS", "ShardIndex", "ShardSummary", "index_shards", "read_shard", "scan_shard"]
 

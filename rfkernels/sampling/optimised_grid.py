@@ -7,15 +7,19 @@ where they are all equal: h proportional to D^(-1/(p+1)). One fine run of the mo
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rfkernels._whole_file import write_json_whole
 from rfkernels.sampling.adams import AB2
 from rfkernels.sampling.arguments import check_callable, check_samples
 from rfkernels.sampling.guidance import Guidance
@@ -87,6 +91,35 @@ class OptimisedGrid:
                 f"OptimisedGrid: must have the keys knots and density; got {', '.join(values)}"
             )
         return cls(tuple(values["knots"]), tuple(values["density"]))
+
+    def save(
+        self, path: str | os.PathLike[str], *, made_for: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the grid as JSON, beside the model; a file of that name is replaced as a whole.
+
+        Args:
+            made_for: what the grid belongs to, JSON values, kept in the file for whoever reads it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        told = {} if made_for is None else {"made_for": dict(made_for)}
+        write_json_whole(Path(path), {**told, **self.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> OptimisedGrid:
+        """The grid that :meth:`save` wrote.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it holds no grid.
+        """
+        try:
+            values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            values.pop("made_for", None)
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:  # JSON's own error is a ValueError
+            raise ValueError(f"OptimisedGrid: {path} must hold a saved grid: {error}") from error
 
 
 def optimise_grid(

@@ -172,6 +172,32 @@ def test_it_costs_what_it_says_and_may_be_saved(noise):
     assert (back - noise).abs().mean() < 0.2
 
 
+def test_it_is_kept_in_a_file_beside_the_model(noise, tmp_path):
+    grid = optimise_grid(RING, noise[:16], evaluations=16)
+    file = tmp_path / "grid.json"
+    file.write_text("what was there before")
+    grid.save(file, made_for={"step": 3})
+    assert OptimisedGrid.load(file) == grid
+    assert OptimisedGrid.load(str(file)).times(5, 0.0, 1.0) == grid.times(5, 0.0, 1.0)
+    assert json.loads(file.read_text()) == {"made_for": {"step": 3}, **grid.to_dict()}
+    grid.save(file)
+    assert json.loads(file.read_text()) == grid.to_dict()
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]
+    with pytest.raises(FileNotFoundError):
+        OptimisedGrid.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1, 2]", '{"knots": [0, 1]}', '{"knots": [0, 1], "density": 3}', "5", '{"knots": [0, 1'],
+)
+def test_a_file_without_a_grid_is_refused(text, tmp_path):
+    file = tmp_path / "grid.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"grid\.json must hold a saved grid"):
+        OptimisedGrid.load(file)
+
+
 def test_straight_and_partial_runs(noise):
     straight = optimise_grid(lambda x, t: torch.ones_like(x), noise.float())
     np.testing.assert_allclose(straight.times(4, 0.0, 1.0), [0, 0.25, 0.5, 0.75, 1], atol=1e-12)

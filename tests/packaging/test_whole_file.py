@@ -1,10 +1,10 @@
-"""Caches of data sets: read by whoever may read the folder, or not at all."""
+"""Kept files: read by whoever may read the folder, or not at all."""
 
 import os
 
 import pytest
 
-from rfkernels.data.whole_file import read_json_kept, write_json_whole
+from rfkernels._whole_file import read_json_kept, write_json_whole
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")

@@ -1,4 +1,5 @@
-"""JSON files that are whole or absent, whoever else writes the same one: caches of what a data set holds."""
+"""JSON files that are whole or absent, whoever else writes the same one: what can be made again, and is kept
+because that takes long (the index of a data set, the grid of a model)."""
 
 from __future__ import annotations
 
