@@ -2,7 +2,7 @@
 
 `model(x, sigma, **extra_args)` returns the denoised data, sigma being (B,); for flow models (ComfyUI's CONST sampling) sigma
 is 1 at noise and 0 at data, and x + (sigma_next - sigma) (x - denoised) / sigma is an Euler step. `sigmas` descends and
-usually ends at 0. Every update is one kernel call; the levels are read to the host once a run.
+usually ends at 0. Every update is one kernel call; the levels are read to the host once a run. No gradients are recorded.
 
     =================== ===== ====================== =========================================
     function            order calls for N intervals
@@ -21,6 +21,7 @@ In ComfyUI, `KSAMPLER(rf.integrations.k_diffusion.sample_rf_midpoint)` is a samp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
@@ -32,6 +33,7 @@ from rfkernels.sampling import multistep as rules
 
 Model = Callable[..., torch.Tensor]
 Callback = Callable[[dict[str, Any]], None]
+_OF_FLOWS = 1 + 1e-4  # a shifted level of 1 may be off by rounding
 
 __all__ = [
     "sample_rf_ab2",
@@ -56,14 +58,21 @@ class _Run:
         extra_args: dict[str, Any] | None,
         callback: Callback | None,
         disable: bool | None,
+        greatest: float = math.inf,
     ) -> None:
         if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 1:
             raise ValueError(f"{name}: sigmas must be a 1-D tensor of levels; got {sigmas!r}")
         self.levels: list[float] = sigmas.tolist()
-        if any(after >= before for before, after in pairwise(self.levels)) or self.levels[-1] < 0:
+        descending = all(after < before < math.inf for before, after in pairwise(self.levels))
+        if not descending or not self.levels[-1] >= 0:
             raise ValueError(f"{name}: sigmas must descend to 0 or above; got {self.levels}")
+        if self.levels[0] > greatest:
+            raise ValueError(
+                f"{name}: sigmas must be those of a flow, from 1 at noise; got {self.levels}"
+            )
         self._model, self._extra, self._callback = model, extra_args or {}, callback
-        self._ones = x.new_ones([x.shape[0]], dtype=sigmas.dtype)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._ones, self._sigmas = x.new_ones([x.shape[0]], dtype=wide), sigmas
         self._disable = disable
 
     def intervals(self) -> Iterable[tuple[int, float, float]]:
@@ -75,15 +84,16 @@ class _Run:
             from tqdm.auto import tqdm
         except ImportError:
             return steps
-        return tqdm(steps)
+        return tqdm(steps, disable=self._disable)
 
     def denoised(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """The model's answer."""
         return self._model(x, self._ones * sigma, **self._extra)
 
-    def report(self, index: int, x: torch.Tensor, sigma: float, denoised: torch.Tensor) -> None:
+    def report(self, index: int, x: torch.Tensor, denoised: torch.Tensor) -> None:
         """k-diffusion's callback, before the step."""
         if self._callback is not None:
+            sigma = self._sigmas[index]
             self._callback(
                 {"x": x, "i": index, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised}
             )
@@ -109,6 +119,7 @@ def _along(
     return rf.linear_step(x, tuple(tensors), tuple(coefficients), x_coefficient=own)
 
 
+@torch.no_grad()
 def sample_rf_euler(
     model: Model,
     x: torch.Tensor,
@@ -120,27 +131,29 @@ def sample_rf_euler(
     """Euler's rule.
 
     Args:
-        model: (x, sigma (B,), **extra_args) -> denoised, like x.
+        model: (x, sigma (B,), **extra_args) -> denoised, like x; sigma is float32, float64 for float64 x.
         x: (B, ...) at the level sigmas[0].
-        sigmas: (N + 1,) descending, >= 0.
+        sigmas: (N + 1,) descending, >= 0. Above 1, levels of other than flows, they suit the rules in slopes:
+            all but dpmpp_2m and unipc.
         extra_args: for the model.
-        callback: called in every step with a dict of x, i, sigma, sigma_hat (= sigma, a float) and denoised.
-        disable: no progress bar.
+        callback: called in every step with a dict of x, i, sigma, sigma_hat (= sigma, 0-d) and denoised.
+        disable: no progress bar; None shows it on a terminal only.
 
     Returns:
         x at the level sigmas[-1].
 
     Raises:
-        ValueError: sigmas that do not descend.
+        ValueError: sigmas that do not descend, or do not suit the rule.
     """
     run = _Run("sample_rf_euler", model, x, sigmas, extra_args, callback, disable)
     for i, sigma, after in run.intervals():
         denoised = run.denoised(x, sigma)
-        run.report(i, x, sigma, denoised)
+        run.report(i, x, denoised)
         x = _along(x, (x, denoised, sigma, after - sigma))
     return x
 
 
+@torch.no_grad()
 def sample_rf_heun(
     model: Model,
     x: torch.Tensor,
@@ -154,7 +167,7 @@ def sample_rf_heun(
     for i, sigma, after in run.intervals():
         step = after - sigma
         denoised = run.denoised(x, sigma)
-        run.report(i, x, sigma, denoised)
+        run.report(i, x, denoised)
         end = _along(x, (x, denoised, sigma, step))
         if after > 0:
             second = run.denoised(end, after)
@@ -163,6 +176,7 @@ def sample_rf_heun(
     return x
 
 
+@torch.no_grad()
 def sample_rf_midpoint(
     model: Model,
     x: torch.Tensor,
@@ -176,12 +190,13 @@ def sample_rf_midpoint(
     for i, sigma, after in run.intervals():
         middle = (sigma + after) / 2
         denoised = run.denoised(x, sigma)
-        run.report(i, x, sigma, denoised)
+        run.report(i, x, denoised)
         half = _along(x, (x, denoised, sigma, middle - sigma))
         x = _along(x, (half, run.denoised(half, middle), middle, after - sigma))
     return x
 
 
+@torch.no_grad()
 def sample_rf_fireflow(
     model: Model,
     x: torch.Tensor,
@@ -199,7 +214,7 @@ def sample_rf_fireflow(
     for i, sigma, after in run.intervals():
         if known is None:
             known = (x, run.denoised(x, sigma), sigma)
-        run.report(i, x, sigma, known[1])
+        run.report(i, x, known[1])
         middle = (sigma + after) / 2
         half = _along(x, (*known, middle - sigma))
         known = (half, run.denoised(half, middle), middle)
@@ -207,6 +222,7 @@ def sample_rf_fireflow(
     return x
 
 
+@torch.no_grad()
 def sample_rf_ab2(
     model: Model,
     x: torch.Tensor,
@@ -220,7 +236,7 @@ def sample_rf_ab2(
     last, previous = None, None
     for i, sigma, after in run.intervals():
         denoised = run.denoised(x, sigma)
-        run.report(i, x, sigma, denoised)
+        run.report(i, x, denoised)
         now, *then = rules.ab2(after - sigma, previous)
         terms = [(x, denoised, sigma, now)] + [(*last, step) for step in then]
         last, previous = (x, denoised, sigma), after - sigma
@@ -228,6 +244,7 @@ def sample_rf_ab2(
     return x
 
 
+@torch.no_grad()
 def sample_rf_dpmpp_2m(
     model: Model,
     x: torch.Tensor,
@@ -237,17 +254,18 @@ def sample_rf_dpmpp_2m(
     disable: bool | None = None,
 ) -> torch.Tensor:
     """DPM-Solver++ (2M) in flow form; arguments as for `sample_rf_euler`."""
-    run = _Run("sample_rf_dpmpp_2m", model, x, sigmas, extra_args, callback, disable)
+    run = _Run("sample_rf_dpmpp_2m", model, x, sigmas, extra_args, callback, disable, _OF_FLOWS)
     past: list[torch.Tensor] = []
     for i, sigma, after in run.intervals():
         past = [run.denoised(x, sigma), *past[:1]]
-        run.report(i, x, sigma, past[0])
+        run.report(i, x, past[0])
         levels = [after, sigma, *run.levels[max(i - 1, 0) : i]]
         of_state, *weights = rules.dpm(levels, len(past), "midpoint")
         x = rf.linear_step(x, tuple(past[: len(weights)]), tuple(weights), x_coefficient=of_state)
     return x
 
 
+@torch.no_grad()
 def sample_rf_unipc(
     model: Model,
     x: torch.Tensor,
@@ -257,12 +275,12 @@ def sample_rf_unipc(
     disable: bool | None = None,
 ) -> torch.Tensor:
     """UniPC of order 2 (B2) in flow form, corrector and predictor in one update; arguments as for `sample_rf_euler`."""
-    run = _Run("sample_rf_unipc", model, x, sigmas, extra_args, callback, disable)
+    run = _Run("sample_rf_unipc", model, x, sigmas, extra_args, callback, disable, _OF_FLOWS)
     past: list[torch.Tensor] = []
     order = 0
     for i, sigma, after in run.intervals():
         past = [run.denoised(x, sigma), *past[:2]]
-        run.report(i, x, sigma, past[0])
+        run.report(i, x, past[0])
         levels = [after, *run.levels[i::-1][:3]]
         predicted = order
         order = min(2, len(past), len(run.levels) - 1 - i)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -97,17 +100,111 @@ def test_the_convention(name, capsys):
     quiet = SAMPLERS[name](Model(), x, levels(4, torch.float32), disable=True, **options)
     assert capsys.readouterr().err == ""
     assert [entry["i"] for entry in seen] == [0, 1, 2, 3]
-    assert all(entry["sigma"] == entry["sigma_hat"] == 1 - entry["i"] / 4 for entry in seen)
+    for entry in seen:
+        assert entry.keys() == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        assert entry["sigma"].item() == entry["sigma_hat"].item() == 1 - entry["i"] / 4
     assert all(entry["denoised"].shape == entry["x"].shape == x.shape for entry in seen)
     assert torch.equal(seen[0]["x"], x)
     assert quiet.dtype == x.dtype
     pytest.importorskip("tqdm")
+    options["disable"] = False
     assert torch.equal(SAMPLERS[name](Model(), x, levels(4, torch.float32), **options), quiet)
     assert "4/4" in capsys.readouterr().err
+    SAMPLERS[name](Model(), x, levels(4, torch.float32))
+    assert capsys.readouterr().err == ""  # no terminal
     # a run may end above 0, or be empty
     part = SAMPLERS[name](Model(), x, torch.tensor([1.0, 0.6, 0.3]), disable=True)
     assert torch.isfinite(part).all()
     assert SAMPLERS[name](Model(), x, torch.tensor([1.0]), disable=True) is x
-    for bad in (torch.tensor([0.5, 1.0]), torch.tensor([1.0, -0.5]), torch.ones(2, 2), [1.0, 0.0]):
+    wrong = (
+        [0.5, 1.0],
+        [1.0, -0.5],
+        [1.0, 0.5, 0.5, 0.0],
+        [math.nan, 0.0],
+        [1.0, math.nan, 0.0],
+        [math.inf, 0.0],
+    )
+    for bad in (*map(torch.tensor, wrong), torch.ones(2, 2), [1.0, 0.0]):
         with pytest.raises(ValueError, match=f"sample_rf_{name}: sigmas must"):
             SAMPLERS[name](Model(), x, bad, disable=True)
+
+
+def in_k_diffusion(rule, model, x, sigmas):
+    """k-diffusion's loops in NumPy; dpmpp_2m with the flow's lambda = log((1 - sigma) / sigma) and alpha = 1 - sigma."""
+    last = None
+    for i, (s, after) in enumerate(pairwise(sigmas)):
+        denoised = model(x, s)
+        d, dt = (x - denoised) / s, after - s
+        if rule == "heun" and after > 0:
+            ahead = x + d * dt
+            x = x + (d + (ahead - model(ahead, after)) / after) / 2 * dt
+        elif (
+            rule == "midpoint"
+        ):  # sample_dpm_2, with the mean of the levels in place of their geometric mean
+            middle = (s + after) / 2
+            ahead = x + d * (middle - s)
+            x = x + (ahead - model(ahead, middle)) / middle * dt
+        elif rule == "dpmpp_2m" and last is not None and after > 0:
+            lam = [np.log((1 - level) / level) for level in (sigmas[i - 1], s, after)]
+            h, r = lam[2] - lam[1], (lam[1] - lam[0]) / (lam[2] - lam[1])
+            both = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * last
+            x = after / s * x - (1 - after) * np.expm1(-h) * both
+        else:
+            x = x + d * dt
+        last = denoised
+    return x
+
+
+@pytest.mark.parametrize("rule", ["euler", "heun", "midpoint", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    "sigmas", [[0.97, 0.8, 0.79, 0.3, 0.0], [0.6, 0.2, 0.15, 0.01], [0.5, 0.0]]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_against_k_diffusion(rule, sigmas, batch):
+    shift = np.random.default_rng(1).standard_normal((2, 5))
+
+    def denoise(x, s):
+        return x - s * np.sin(x * (1 + s) + shift)
+
+    def model(x, sigma):
+        return torch.from_numpy(denoise(x.numpy(), sigma.numpy()[:, None, None]))
+
+    x = np.random.default_rng(0).standard_normal((batch, 2, 5))
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    found = SAMPLERS[rule](model, torch.from_numpy(x), levels, disable=True)
+    np.testing.assert_allclose(
+        found.numpy(), in_k_diffusion(rule, denoise, x, sigmas), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("of_levels", [torch.float32, torch.float64])
+def test_dtypes_and_gradients(name, dtype, of_levels):
+    """A float64 schedule does not widen the model's float32 arithmetic; weights do not make a graph."""
+    weight, seen = torch.nn.Parameter(torch.tensor(0.3)), set()
+
+    def model(x, sigma):
+        seen.add(sigma.dtype)
+        return x - sigma[:, None] * torch.sin(x * weight)
+
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = SAMPLERS[name](model, x.clone().requires_grad_(), levels(4, of_levels), disable=True)
+    assert seen == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert (found.dtype, found.requires_grad) == (dtype, False)
+    exact = SAMPLERS[name](model, x.double(), levels(4), disable=True)
+    size = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    assert (found - exact).abs().max() < size
+    assert SAMPLERS[name](model, x[:0], levels(4, of_levels), disable=True).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_above_one_belong_to_rules_in_slopes(name):
+    x, sigmas = torch.ones(1, 2), torch.tensor([14.6, 3.0, 1.0, 0.0])
+    if name in ("dpmpp_2m", "unipc"):
+        with pytest.raises(ValueError, match="sigmas must be those of a flow, from 1 at noise"):
+            SAMPLERS[name](Model(), x, sigmas, disable=True)
+    else:
+        assert torch.isfinite(SAMPLERS[name](Model(), x, sigmas, disable=True)).all()
+    rounded = torch.tensor([1.0000001, 0.5, 0.0])
+    assert torch.isfinite(SAMPLERS[name](Model(), x, rounded, disable=True)).all()
