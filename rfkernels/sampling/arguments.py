@@ -202,6 +202,8 @@ def _conditions(caller: str, name: str, value: object) -> Mapping[str, Any]:
 
 def _guidance(caller: str, scale: float | Tensor | Guidance | None, x: Tensor) -> Guidance | None:
     """None when no unconditional call is needed, else an object whose scale fits x."""
+    if isinstance(scale, ClassifierFree):
+        scale = scale.scale
     if scale is None:
         return None
 

@@ -10,6 +10,7 @@ what it was given (feature caches do), and may return its input or a view of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -93,6 +94,15 @@ class Field:
         place."""
         return torch.full((self.batch,), t, dtype=self.state_dtype, device=state.x.device)
 
+    def moving(self, times: Sequence[float]) -> range:
+        """Which steps of a grid, walked in either direction, are not left out by guidance: all, or
+        those beyond a rest at the noisy end."""
+        steps = range(len(times) - 1)
+        if self.guidance is None:
+            return steps
+        kept = [i for i in steps if not self.guidance.rests_between(times[i], times[i + 1])]
+        return range(kept[0], kept[-1] + 1) if kept else range(0)
+
     def reserve(self, evaluations: int, tensors: int = 0) -> None:
         """Prepare for updates that sum this many velocities and other tensors besides x.
 
@@ -107,12 +117,9 @@ class Field:
 
         t is one time for all, or a (B,) tensor.
         """
-        guidance = self.guidance
-        if guidance is not None and not isinstance(t, Tensor):
-            if guidance.rests_at(t):
-                return Evaluation(torch.zeros_like(state.x))
-            if not guidance.guides_at(t):
-                guidance = None
+        guidance = self._guidance_at(t)
+        if guidance is not None and not isinstance(t, Tensor) and guidance.rests_at(t):
+            return Evaluation(torch.zeros_like(state.x))
         conditional = self._call(state, self._times(t, state), self.condition)
         if guidance is None:
             return Evaluation(conditional)
@@ -140,8 +147,9 @@ class Field:
         self._refuse_memory()
         x, times = state.model_input, self._times(t, state)
         tangents = (direction.to(x.dtype), torch.ones_like(times))
+        whole = functools.partial(self._whole, self._guidance_at(t))
         with sdpa_kernel(SDPBackend.MATH):
-            _, change = torch.func.jvp(self._whole, (x, times), tangents)
+            _, change = torch.func.jvp(whole, (x, times), tangents)
         return change
 
     def two_derivatives(self, state: State, t: float, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,10 +157,11 @@ class Field:
         self._refuse_memory()
         x, times = state.model_input, self._times(t, state)
         one = torch.ones_like(times)
+        whole = functools.partial(self._whole, self._guidance_at(t))
 
         def change(x: Tensor, times: Tensor) -> Tensor:
-            along = self._whole(x, times).to(x.dtype)
-            return torch.func.jvp(self._whole, (x, times), (along, one))[1]
+            along = whole(x, times).to(x.dtype)
+            return torch.func.jvp(whole, (x, times), (along, one))[1]
 
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(change, (x, times), (direction.to(x.dtype), one))
@@ -235,6 +244,13 @@ class Field:
             guidance=None if self.guidance is None else self.guidance.per_sample(cut),
         )
 
+    def _guidance_at(self, t: float | Tensor) -> Guidance | None:
+        """None also at a time at which no sample is guided."""
+        guidance = self.guidance
+        if guidance is None or isinstance(t, Tensor):
+            return guidance
+        return guidance if guidance.rests_at(t) or guidance.guides_at(t) else None
+
     def _refuse_memory(self) -> None:
         if self.guidance is not None and self.guidance.remembers:
             raise ValueError(
@@ -272,16 +288,16 @@ class Field:
         shares, tensors = zip(*parts, strict=True)
         return linear_step(x, tensors, shares, x_coefficient=0.0)
 
-    def _whole(self, x: Tensor, times: Tensor) -> Tensor:
-        """The guided velocity as a function of tensors, for torch.func."""
+    def _whole(self, guidance: Guidance | None, x: Tensor, times: Tensor) -> Tensor:
+        """The velocity under this guidance as a function of tensors, for torch.func."""
         self.calls += 1
         conditional = self.velocity(x, times, **self.condition)
-        if self.guidance is None:
+        if guidance is None:
             return conditional
         self.calls += 1
         unconditional = self.velocity(x, times, **self.uncondition)
         wide = x.to(self.state_dtype)
-        parts = self.guidance.parts(conditional, unconditional, wide, times, {})
+        parts = guidance.parts(conditional, unconditional, wide, times, {})
         return self._sum(wide, self._parts(Evaluation(conditional, unconditional, parts)))
 
     def _call(self, state: State, t: Tensor, condition: Mapping[str, Any]) -> Tensor:

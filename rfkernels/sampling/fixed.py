@@ -37,6 +37,8 @@ class Step:
         previous_dt: the step before; None in the first.
         index: of the step, from 0.
         left: steps from this one to the end, itself included.
+
+    Steps that guidance leaves out (CFG-Zero*) do not count.
     """
 
     start: float
@@ -68,7 +70,10 @@ class FixedStepSolver:
     besides: int = 0
 
     def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
-        """What the solver keeps from step to step, as it is before the first one."""
+        """What the solver keeps from step to step, as it is before the first one.
+
+        ``times`` are those of the steps to come: ``run.times`` but for steps that guidance leaves out.
+        """
         return []
 
     def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
@@ -87,20 +92,21 @@ class FixedStepSolver:
         field.reserve(self.evaluations, self.tensors)
         state = field.start(x0)
         kept = [x0]
-        history = self.begin(field, state, run.times, run)
-        count = len(run.times) - 1
+        moving, count = field.moving(run.times), len(run.times) - 1
+        history = self.begin(field, state, run.times[moving.start : moving.stop + 1], run)
         previous_dt = None
         for index, (start, end) in enumerate(pairwise(run.times)):
-            interval = Step(start, end, previous_dt, index, count - index)
-            state = self.step(field, state, interval, history)
-            previous_dt = end - start
+            if index in moving:
+                interval = Step(start, end, previous_dt, index - moving.start, moving.stop - index)
+                state = self.step(field, state, interval, history)
+                previous_dt = end - start
             if run.keep_trajectory:
                 kept.append(state.model_input)
             if run.callback is not None:
                 run.callback(index, field.time(end, state), state.model_input)
             run.progress((index + 1) / count)
         trajectory = torch.stack(kept) if run.keep_trajectory else None
-        return Solution(state.model_input, field.calls, trajectory)
+        return Solution(state.model_input if moving else x0.clone(), field.calls, trajectory)
 
 
 @dataclass(frozen=True)

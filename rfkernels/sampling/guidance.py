@@ -39,6 +39,8 @@ __all__ = [
 Scale = float | Tensor
 Part = tuple[Scale, Tensor]
 
+_SLACK = 1e-9  # of times: those of a grid are rounded, and an end of an interval belongs to it
+
 
 class Guidance:
     """The kinds of guidance; each is a frozen dataclass with ``scale``.
@@ -65,6 +67,10 @@ class Guidance:
         """Whether the velocity is 0 at this time, so that no call is needed; (B,) for (B,) times."""
         return False
 
+    def rests_between(self, start: float, end: float) -> bool:
+        """Whether nothing moves in a step between these times, in either direction."""
+        return False
+
     def parts(
         self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
     ) -> tuple[Part, ...] | None:
@@ -84,10 +90,10 @@ class Guidance:
 
 
 def _checked(owner: str, name: str, value: object) -> None:
-    """Refuse what is neither a finite number nor a tensor."""
-    if isinstance(value, Tensor):
+    """Refuse what is neither a finite number nor, for the scale, a tensor."""
+    if isinstance(value, Tensor) and name == "scale":
         return
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{owner}: {name} must be finite; got {value}")
@@ -102,6 +108,10 @@ class ClassifierFree(Guidance):
     def __post_init__(self) -> None:
         _checked("ClassifierFree", "scale", self.scale)
 
+    def guides_at(self, t: float) -> bool:
+        """False for the number 1, which is the condition alone; a tensor is not read."""
+        return isinstance(self.scale, Tensor) or self.scale != 1
+
     def parts(
         self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
     ) -> None:
@@ -115,7 +125,7 @@ class Rescaled(Guidance):
     With w = u + g (c - u), the result is (phi std(c) / std(w) + 1 - phi) w, std over the elements of
     a sample (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", there on
     the network's output, as here). It takes the overexposure out of large scales. std(w) follows from
-    the moments of c and u, which are read once more for them.
+    the moments of c and c - u, which are read once more for them.
 
     Args:
         scale: g.
@@ -137,33 +147,32 @@ class Rescaled(Guidance):
         """f g of c and f (1 - g) of u with the factor f of each sample."""
         c_, u_ = _rows(c, x), _rows(u, x)
         size = c_.shape[1]
-        c_, u_ = c_ - row_sums(c_)[:, None] / size, u_ - row_sums(u_)[:, None] / size
-        g = self.scale
+        d_ = c_ - u_  # first, since c and u are alike and g may be large
+        c_, d_ = c_ - row_sums(c_)[:, None] / size, d_ - row_sums(d_)[:, None] / size
+        g, more = self.scale, self.scale - 1
         own = row_sums(c_ * c_)
-        guided = (
-            g * g * own
-            + (1 - g) * (1 - g) * row_sums(u_ * u_)
-            + 2 * g * (1 - g) * row_sums(c_ * u_)
-        )
+        guided = own + 2 * more * row_sums(c_ * d_) + more * more * row_sums(d_ * d_)
         ratio = torch.where(guided > 0, own / guided.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
         factor = self.phi * ratio.sqrt() + (1 - self.phi)
-        return (factor * g, c), (factor * (1 - g), u)
+        return (factor * g, c), (-factor * more, u)
 
 
 @dataclass(frozen=True)
 class CFGZero(Guidance):
     """CFG-Zero*: the unconditional velocity scaled to fit the conditional one, and a rest at the start.
 
-    The result is s u + g (c - s u) with s = <c, u> / |u|^2, and 0 at times before the grid's
-    ``zero_steps``-th (Fan et al. 2025, "CFG-Zero*: improved classifier-free guidance for flow matching
-    models"). The network is not called where the velocity is 0. c and u are read once more for s.
+    The result is s u + g (c - s u) with s = <c, u> / |u|^2, and 0 in the grid's first ``zero_steps``
+    steps (Fan et al. 2025, "CFG-Zero*: improved classifier-free guidance for flow matching models").
+    Nothing moves there, whichever the solver, which begins after them, or when inverting ends before
+    them. The network is not called where the velocity is 0. c and u are read once more for s.
 
     Args:
         scale: g.
-        zero_steps: steps of the grid at the noisy end in which nothing moves; the paper's are 1 or
-            2 of 28 and more, 0 keeps the scaling alone. The default is 0, since a step of a short
-            run is not to be given away unasked.
-        zero_until: the time before which nothing moves; None is that of ``zero_steps``.
+        zero_steps: steps of the grid at the noisy end in which nothing moves, less than all; the
+            paper's are 1 or 2 of 28 and more, 0 keeps the scaling alone. The default is 0, since a
+            step of a short run is not to be given away unasked.
+        zero_until: the time before which nothing moves, in [0, 1]; None is that of ``zero_steps``.
+            Adaptive solvers, whose grid is not their steps, are better told this.
     """
 
     scale: Scale
@@ -178,21 +187,29 @@ class CFGZero(Guidance):
             )
         if self.zero_steps < 0:
             raise ValueError(f"CFGZero: zero_steps must not be negative; got {self.zero_steps}")
+        if self.zero_until is not None:
+            _checked("CFGZero", "zero_until", self.zero_until)
+            if not 0 <= self.zero_until <= 1:
+                raise ValueError(f"CFGZero: zero_until must be in [0, 1]; got {self.zero_until}")
 
     def begin(self, times: Sequence[float]) -> CFGZero:
         """With the time that ``zero_steps`` means on this grid."""
         if self.zero_until is not None or self.zero_steps == 0:
             return self
-        if self.zero_steps >= len(times):
+        if self.zero_steps >= len(times) - 1:
             raise ValueError(
-                f"CFGZero: zero_steps must be at most the {len(times) - 1} steps of the grid; "
+                f"CFGZero: zero_steps must be less than the steps of the grid, {len(times) - 1}; "
                 f"got {self.zero_steps}"
             )
         return dataclasses.replace(self, zero_until=sorted(times)[self.zero_steps])
 
     def rests_at(self, t: float | Tensor) -> bool | Tensor:
         """True before ``zero_until``."""
-        return self.zero_until is not None and t < self.zero_until
+        return self.zero_until is not None and t < self.zero_until - _SLACK
+
+    def rests_between(self, start: float, end: float) -> bool:
+        """True for a step that ends, or when inverting begins, before or at ``zero_until``."""
+        return self.zero_until is not None and max(start, end) <= self.zero_until + _SLACK
 
     def parts(
         self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
@@ -222,7 +239,9 @@ class Projected(Guidance):
         m = m_c + (g - 1) d
 
     which as a velocity is a sum of c, u and x, and of the past d with momentum: one kernel call still,
-    or two with momentum, which keeps d. c, u and x are read once more for the norms.
+    or two with momentum, which keeps d. c, u and x are read once more for the norms. At t = 1, where the
+    estimates are the state whatever the velocities, the past d is left out: as a velocity it would be
+    infinite.
 
     Args:
         scale: g.
@@ -230,8 +249,9 @@ class Projected(Guidance):
             saturates; 1 leaves it.
         norm_threshold: largest |d| of a sample, root of the sum of squares over its elements; None
             does not limit it. The paper's is 2.5 to 15, by model.
-        momentum: of the steps before; the paper's is negative, -0.5 or -0.75. 0 remembers nothing;
-            another value needs a solver of fixed steps.
+        momentum: of the evaluations before; the paper's is negative, -0.5 or -0.75. 0 remembers
+            nothing; another value needs a solver of fixed steps, best one that evaluates at the
+            start of each step alone, as euler: near t = 1 the past is large against the present.
     """
 
     scale: Scale
@@ -239,15 +259,20 @@ class Projected(Guidance):
     norm_threshold: float | None = None
     momentum: float = 0.0
 
-    tensors: ClassVar[int] = 4
-
     def __post_init__(self) -> None:
         for name in ("scale", "parallel", "momentum"):
             _checked("Projected", name, getattr(self, name))
-        if self.norm_threshold is not None and not self.norm_threshold > 0:
-            raise ValueError(
-                f"Projected: norm_threshold must be positive or None; got {self.norm_threshold}"
-            )
+        if self.norm_threshold is not None:
+            _checked("Projected", "norm_threshold", self.norm_threshold)
+            if self.norm_threshold <= 0:
+                raise ValueError(
+                    f"Projected: norm_threshold must be positive or None; got {self.norm_threshold}"
+                )
+
+    @property
+    def tensors(self) -> int:
+        """c, u and x, and the past with momentum."""
+        return 4 if self.remembers else 3
 
     @property
     def remembers(self) -> bool:
@@ -260,15 +285,18 @@ class Projected(Guidance):
         """Coefficients of c, u, x and the remembered difference."""
         left = 1 - t
         column = left[:, None] if isinstance(t, Tensor) else left
-        safe = left.clamp(min=1e-6) if isinstance(t, Tensor) else max(left, 1e-6)
         past = memory.get("difference")
         c_, x_ = _rows(c, x), _rows(x, x)
         # Everything over 1 - t, in units of the velocity.
         change = c_ - _rows(u, x)
         push = 0.0
         if past is not None:
-            push = self.momentum / safe
-            change = change + (push[:, None] if isinstance(push, Tensor) else push) * _rows(past, x)
+            if isinstance(left, Tensor):
+                push = torch.where(left > _SLACK, self.momentum / left.clamp(min=_SLACK), 0.0)
+                change = change + push[:, None] * _rows(past, x)
+            elif left > _SLACK:
+                push = self.momentum / left
+                change = change + push * _rows(past, x)
         if self.remembers:
             kept = [(left, c), (-left, u)] + ([] if past is None else [(self.momentum, past)])
             memory["difference"] = linear_step(
@@ -308,6 +336,8 @@ class Interval(Guidance):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance", get_guidance(self.guidance))
+        for name in ("start", "end"):
+            _checked("Interval", name, getattr(self, name))
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
                 "Interval: start and end must satisfy 0 <= start < end <= 1; "
@@ -335,11 +365,15 @@ class Interval(Guidance):
 
     def guides_at(self, t: float) -> bool:
         """True inside the interval."""
-        return self.start <= t <= self.end and self.guidance.guides_at(t)
+        return self.start - _SLACK <= t <= self.end + _SLACK and self.guidance.guides_at(t)
 
     def rests_at(self, t: float | Tensor) -> bool | Tensor:
         """As the guidance inside."""
         return self.guidance.rests_at(t)
+
+    def rests_between(self, start: float, end: float) -> bool:
+        """As the guidance inside."""
+        return self.guidance.rests_between(start, end)
 
     def parts(
         self, c: Tensor, u: Tensor, x: Tensor, t: float | Tensor, memory: dict[str, Tensor]
@@ -352,10 +386,11 @@ class Interval(Guidance):
             parts = ((self.scale, c), (1 - self.scale, u))
         inside = (t >= self.start) & (t <= self.end)
         resting = self.rests_at(t)
-        first = 1 - resting.to(t.dtype) if isinstance(resting, Tensor) else 1.0
-        alone = (first, *(0.0,) * (len(parts) - 1))
+        first = 1 - resting.to(t.dtype) if isinstance(resting, Tensor) else torch.ones_like(t)
+        alone = (first, *(torch.zeros_like(t),) * (len(parts) - 1))
+        # Numbers in the precision of the times, not in the default one.
         return tuple(
-            (torch.where(inside, coefficient, other), tensor)
+            (torch.where(inside, torch.ones_like(t) * coefficient, other), tensor)
             for (coefficient, tensor), other in zip(parts, alone, strict=True)
         )
 

@@ -42,15 +42,15 @@ class InitialNoise(FixedStepSolver):
 
     def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
         """The initial noise."""
-        if times[-1] < times[0]:
+        if run.times[-1] < run.times[0]:
             raise ValueError(
                 "invert: solver 'rf++' needs the initial noise, which inversion looks for; take "
                 "another solver"
             )
-        if times[0] != 0:
+        if run.times[0] != 0:
             raise ValueError(
                 "sample: solver 'rf++' needs the noise at t = 0, so t_start must be 0; got "
-                f"{times[0]}"
+                f"{run.times[0]}"
             )
         return [state.x]
 

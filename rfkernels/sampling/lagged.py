@@ -37,28 +37,32 @@ class _Lagged:
         theta, times, count = self.theta, run.times, len(run.times) - 1
         state = field.start(x0)
         kept = [x0]
-        lagging = field(state, times[0])
-        ahead = field.advance(state.x, [(theta * (times[1] - times[0]), lagging)])
+        wanted = run.keep_trajectory or run.callback is not None
+        moving = field.moving(times)
         for index in range(count):
             start, end = times[index], times[index + 1]
             dt = end - start
-            # Exactly the end of the step for theta = 1.
-            velocity = field(ahead, end if theta == 1 else start + theta * dt)
-            back = (-theta * dt, lagging)
-            last = index + 1 == count
-            if last or run.keep_trajectory or run.callback is not None:
-                state = field.advance(ahead.x, [(dt, velocity), back])
-                if run.keep_trajectory:
-                    kept.append(state.model_input)
-                if run.callback is not None:
-                    run.callback(index, field.time(end, state), state.model_input)
-            if not last:
-                reach = theta * (times[index + 2] - end)
-                ahead = field.advance(ahead.x, [(dt + reach, velocity), back])
-            lagging = velocity
+            if index in moving:
+                if index == moving.start:
+                    lagging = field(state, start)
+                    ahead = field.advance(state.x, [(theta * dt, lagging)])
+                # Exactly the end of the step for theta = 1.
+                velocity = field(ahead, end if theta == 1 else start + theta * dt)
+                back = (-theta * dt, lagging)
+                last = index + 1 == moving.stop
+                if last or wanted:
+                    state = field.advance(ahead.x, [(dt, velocity), back])
+                if not last:
+                    reach = theta * (times[index + 2] - end)
+                    ahead = field.advance(ahead.x, [(dt + reach, velocity), back])
+                lagging = velocity
+            if run.keep_trajectory:
+                kept.append(state.model_input)
+            if run.callback is not None:
+                run.callback(index, field.time(end, state), state.model_input)
             run.progress((index + 1) / count)
         trajectory = torch.stack(kept) if run.keep_trajectory else None
-        return Solution(state.model_input, field.calls, trajectory)
+        return Solution(state.model_input if moving else x0.clone(), field.calls, trajectory)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class StochasticSolver(FixedStepSolver):
 
     def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
         """Seeds and offsets of the first step's noise."""
-        if times[-1] < times[0]:
+        if run.times[-1] < run.times[0]:
             raise ValueError(
                 f"invert: solver must be deterministic; got {self.name!r}, which draws noise"
             )
