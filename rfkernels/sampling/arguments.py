@@ -17,6 +17,7 @@ from rfkernels._dispatch import transforms_active
 from rfkernels.sampling.field import Field
 from rfkernels.sampling.grids import check_times, get_grid
 from rfkernels.sampling.guidance import ClassifierFree, Guidance
+from rfkernels.sampling.nested import leaves
 from rfkernels.sampling.run import Solver
 from rfkernels.sampling.solvers import get_solver
 
@@ -179,8 +180,12 @@ def wants_gradients(x: Tensor, field: Field) -> bool:
     if not torch.is_grad_enabled():
         return False
     scale = None if field.guidance is None else field.guidance.scale
-    given = (x, scale, *field.condition.values(), *field.uncondition.values())
-    return any(isinstance(value, Tensor) and value.requires_grad for value in given)
+    return requires_grad(x, scale, dict(field.condition), dict(field.uncondition))
+
+
+def requires_grad(*values: Any) -> bool:
+    """Whether a tensor among the values, or in the containers among them, requires grad."""
+    return any(isinstance(v, Tensor) and v.requires_grad for v in leaves(values))
 
 
 def _number(caller: str, name: str, value: object) -> float:

@@ -3,16 +3,16 @@
 A run of fixed steps reads nothing back from the device, so it can be captured: all network calls and
 kernel calls from x0 to the result. The graph is kept with the velocity object and replayed for calls
 that differ in the values of x0, of tensors in the conditions, of guidance scales and of the seed, which
-are copied into the memory that was captured. Whatever else differs (shapes, grid, solver, numbers) is
-another graph. Weights may change in place between replays, as an optimizer changes them. Pass the same
-velocity object every time: a bound method is a new one at each mention.
+are copied into the memory that was captured. Whatever else differs (shapes, grid, solver, numbers,
+autocast, training mode) is another graph. Weights may change in place between replays, as an optimizer
+changes them. Pass the same velocity object every time: a bound method is a new one at each mention.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rfkernels.sampling.field import Field
+from rfkernels.sampling.nested import map_leaves
 from rfkernels.sampling.run import Run, Solution, Solver
 
 __all__ = ["forget_graphs", "replayed"]
@@ -42,7 +43,13 @@ def replayed(caller: str, solver: Solver, field: Field, x0: Tensor, run: Run) ->
     """
     _refuse(caller, solver, x0, run)
     inputs, rebuilt = _inputs(field, x0, run)
-    key = (solver, run.times, run.keep_trajectory, tuple(map(_shape, inputs)), rebuilt.key)
+    device = x0.device.type
+    around = (
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+        getattr(field.velocity, "training", None),
+    )
+    key = (solver, run.times, run.keep_trajectory, tuple(map(_shape, inputs)), rebuilt.key, around)
     graphs = _kept.setdefault(field.velocity, {})
     if key not in graphs:
         graphs[key] = _capture(solver, inputs, rebuilt.build)
@@ -84,60 +91,53 @@ class _Rebuilt:
     build: Callable[[list[Tensor]], tuple[Field, Tensor, Run]]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Stands for one of the input tensors."""
+
+    index: int
+
+
 def _inputs(field: Field, x0: Tensor, run: Run) -> tuple[list[Tensor], _Rebuilt]:
     """Every tensor whose values may differ from call to call, and the rest."""
     inputs = [x0]
-    constants: list[Hashable] = []
 
-    def note(value: Any) -> int | None:
-        """The place of a tensor among the inputs; None for a constant."""
-        if isinstance(value, Tensor):
-            inputs.append(value)
-            return len(inputs) - 1
-        constants.append(_constant(value))
-        return None
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        inputs.append(value)
+        return _Place(len(inputs) - 1)
 
-    def placed(values: Mapping[str, Any]) -> dict[str, tuple[int | None, Any]]:
-        return {name: (note(value), value) for name, value in values.items()}
-
-    condition, uncondition = placed(field.condition), placed(field.uncondition)
     seed = run.seed
     if seed is not None and not isinstance(seed, Tensor):
         seed = torch.tensor(seed, device=x0.device)
-    seed_place = None if seed is None else note(seed)
     scale = None if field.guidance is None else field.guidance.scale
-    scale_place = note(scale) if isinstance(scale, Tensor) else None
+    scale = scale if isinstance(scale, Tensor) else None
+    given = map_leaves(place, (dict(field.condition), dict(field.uncondition), seed, scale))
+    constants = [_constant(given)]
     if field.guidance is not None:
         fixed = field.guidance.per_sample(lambda value: 0.0)
-        constants.append(repr(fixed) if scale_place is not None else field.guidance)
-    names = (tuple(condition), tuple(uncondition), seed_place, scale_place)
+        constants.append(field.guidance if scale is None else repr(fixed))
 
     def build(tensors: list[Tensor]) -> tuple[Field, Tensor, Run]:
-        def taken(values: dict[str, tuple[int | None, Any]]) -> dict[str, Any]:
-            return {
-                name: value if place is None else tensors[place]
-                for name, (place, value) in values.items()
-            }
-
+        condition, uncondition, seeds, scales = map_leaves(
+            lambda value: tensors[value.index] if isinstance(value, _Place) else value, given
+        )
         guidance = field.guidance
-        if scale_place is not None:
-            guidance = guidance.per_sample(lambda _: tensors[scale_place])
+        if scales is not None:
+            guidance = guidance.per_sample(lambda _: scales)
         copy = dataclasses.replace(
             field,
-            condition=taken(condition),
-            uncondition=taken(uncondition),
+            condition=condition,
+            uncondition=uncondition,
             guidance=guidance,
             memory={},
             calls=0,
         )
-        seeds = None if seed_place is None else tensors[seed_place]
-        return (
-            copy,
-            tensors[0],
-            dataclasses.replace(run, seed=seeds, progress=lambda fraction: None),
-        )
+        silent = dataclasses.replace(run, seed=seeds, progress=lambda fraction: None)
+        return copy, tensors[0], silent
 
-    return inputs, _Rebuilt((names, tuple(constants)), build)
+    return inputs, _Rebuilt(tuple(constants), build)
 
 
 def _capture(
@@ -146,7 +146,7 @@ def _capture(
     build: Callable[[list[Tensor]], tuple[Field, Tensor, Run]],
 ) -> _Captured:
     """Run once on a side stream, so that libraries set themselves up, and then under capture."""
-    static = [tensor.detach().clone() for tensor in inputs]
+    static = _static(inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -158,12 +158,24 @@ def _capture(
     return _Captured(graph, static, solution)
 
 
+def _static(inputs: list[Tensor]) -> list[Tensor]:
+    """Memory for a graph to read. Made outside of inference mode, so that later calls may write to it
+    outside of it too."""
+    with torch.inference_mode(False), torch.no_grad():
+        return [tensor.detach().clone() for tensor in inputs]
+
+
 def _shape(tensor: Tensor) -> Hashable:
     return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 def _constant(value: Any) -> Hashable:
-    """The value as part of a key, which keeps it alive, so that an equal key means the same."""
+    """The value as part of a key, which keeps it alive, so that an equal key means the same; with the
+    types, since 1 and True are equal."""
+    if isinstance(value, dict):
+        return dict, tuple((name, _constant(inner)) for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_constant, value))
     try:
         hash(value)
     except TypeError:
@@ -171,4 +183,4 @@ def _constant(value: Any) -> Hashable:
             "condition: compile='cudagraph' needs tensors and hashable values; "
             f"got {type(value).__name__}"
         ) from None
-    return value
+    return type(value), value

@@ -77,8 +77,9 @@ class Dopri5:
         atol: absolute tolerance, > 0, the scale for elements that are 0.
         max_steps: attempted steps after which RuntimeError is raised.
         finished: ``"drop"`` takes finished samples out of the batch, cutting (B,) guidance scales
-            and the condition tensors whose first size is B; ``"keep"`` evaluates the whole batch to
-            the end, for velocities that hold per-sample tensors of their own or need a fixed batch
+            and the condition tensors, in dicts and lists too, whose first size is B; ``"keep"``
+            evaluates the whole batch to the end, for velocities that hold per-sample tensors of
+            their own, whose conditions have other things per sample, or that need a fixed batch
             size. NFE counts a sample until it is finished either way. With a callback the batch is
             kept.
     """

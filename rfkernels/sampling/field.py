@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rfkernels.ops.ode_step import MAX_TERMS, euler_step, linear_step, taylor_step
 from rfkernels.sampling.guidance import Guidance, Part
+from rfkernels.sampling.nested import map_leaves
 
 
 class State(NamedTuple):
@@ -226,8 +227,8 @@ class Field:
     def select(self, rows: Tensor) -> Field:
         """The field of the samples named by ``rows``, an index tensor on the device.
 
-        Per-sample things are cut: a (B,) guidance scale, and every tensor of the conditions whose
-        first size is B.
+        Per-sample things are cut: a (B,) guidance scale, and every tensor of the conditions, in dicts
+        and lists too, whose first size is B.
         """
 
         def cut(value: Any) -> Any:
@@ -239,8 +240,8 @@ class Field:
         return dataclasses.replace(
             self,
             batch=rows.shape[0],
-            condition={name: cut(value) for name, value in self.condition.items()},
-            uncondition={name: cut(value) for name, value in self.uncondition.items()},
+            condition=map_leaves(cut, dict(self.condition)),
+            uncondition=map_leaves(cut, dict(self.uncondition)),
             guidance=None if self.guidance is None else self.guidance.per_sample(cut),
         )
 

@@ -71,7 +71,7 @@ def sample(
     :class:`rfkernels.sampling.Dopri5`.
 
     Gradients are recorded when grad mode is on and one of the tensors given here requires grad: x0,
-    ``guidance_scale`` or a value of the conditions. Parameters of the velocity alone do not count
+    ``guidance_scale`` or one in the conditions. Parameters of the velocity alone do not count
     (else sampling a model would keep every step's activations): to differentiate with respect to
     them, pass ``x0.requires_grad_()``. Inside ``torch.func`` transforms they always are.
 
@@ -96,8 +96,8 @@ def sample(
             0-d or (B,) tensor. None and the number 1.0 skip the unconditional call; a tensor is not
             read, so its 1.0 does not. Or one of the objects ``Rescaled``, ``Interval``, ``CFGZero``,
             ``Projected``.
-        condition: keyword arguments of the velocity: tensors with the batch first, or anything else
-            passed as it is.
+        condition: keyword arguments of the velocity: tensors with the batch first, also in dicts,
+            lists and tuples, or anything else passed as it is.
         uncondition: those of the unconditional call; required by guidance, {} for none. A negative
             prompt goes here.
         t_start: where x0 is, in [0, 1).

@@ -1,0 +1,202 @@
+"""compile='cudagraph': with a CUDA device, and without one all but the capture."""
+
+import pytest
+import torch
+from torch import nn
+
+import rfkernels as rf
+from rfkernels.sampling import Dopri5, Euler, Run, cuda_graph, forget_graphs, invert, sample
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("direction", [sample, invert])
+def test_a_captured_loop_needs_cuda(direction):
+    with pytest.raises(
+        ValueError, match="compile='cudagraph' needs samples on a CUDA device; got cpu"
+    ):
+        direction(lambda x, t: -x, torch.zeros(2, 3), steps=2, compile="cudagraph")
+    forget_graphs()
+
+
+@GPU
+@pytest.mark.parametrize("solver", ["euler", "heun", "fireflow", "unipc", "sde"])
+def test_a_captured_loop_repeats_with_other_values(solver):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).cuda()
+    calls = []
+
+    class Velocity:
+        def __call__(self, x, t, label):
+            calls.append(1)
+            return layers(torch.cat([x, t[:, None]], 1)) + label[:, None]
+
+    velocity = Velocity()
+    for seed in (1, 2, 3):
+        x0 = rf.randn(5, 3, seed=seed, device="cuda")
+        options = {
+            "steps": 4,
+            "solver": solver,
+            "guidance_scale": torch.full((5,), float(seed), device="cuda"),
+            "condition": {"label": torch.full((5,), float(seed), device="cuda")},
+            "uncondition": {"label": torch.zeros(5, device="cuda")},
+            **({"seed": seed} if solver == "sde" else {}),
+        }
+        expected = sample(velocity, x0, **options)
+        before = len(calls)
+        found = sample(velocity, x0, compile="cudagraph", return_info=True, **options)
+        torch.testing.assert_close(found.x, expected, rtol=1e-5, atol=1e-5)
+        assert (len(calls) == before) == (seed > 1)  # captured once
+    forget_graphs(velocity)
+    with pytest.raises(ValueError, match="needs a solver of fixed steps; got 'dopri5'"):
+        sample(velocity, x0, solver="dopri5", compile="cudagraph", condition=options["condition"])
+
+
+class Replay:
+    """A stand-in for a CUDA graph: does the captured work again on the captured memory."""
+
+    def __init__(self, solver, static, build, solution):
+        self.again = lambda: solver.integrate(*build(static))
+        self.solution = solution
+
+    def replay(self):
+        again = self.again()
+        with torch.inference_mode():  # which alone may write to tensors that were made in it
+            self.solution.x.copy_(again.x)
+            if again.trajectory is not None:
+                self.solution.trajectory.copy_(again.trajectory)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Everything but the capture itself, on the CPU; a list that grows with each capture."""
+    found = []
+
+    def capture(solver, inputs, build):
+        static = cuda_graph._static(inputs)
+        solution = solver.integrate(*build(static))
+        found.append(static)
+        return cuda_graph._Captured(Replay(solver, static, build, solution), static, solution)
+
+    monkeypatch.setattr(cuda_graph, "_capture", capture)
+    monkeypatch.setattr(cuda_graph, "_refuse", lambda *_: None)
+    return found
+
+
+@pytest.mark.parametrize("solver", ["heun", "unipc", "sde"])
+def test_what_a_captured_loop_takes_from_each_call(solver, captured):
+    """Values are copied in, other shapes are captured anew."""
+
+    def velocity(x, t, label, gain):
+        return label[:, None] - gain * x
+
+    def options(value, count=5, steps=4):
+        given = {
+            "steps": steps,
+            "solver": solver,
+            "guidance_scale": torch.full((count,), float(value)),
+            "condition": {"label": torch.full((count,), float(value)), "gain": 2.0},
+            "uncondition": {"label": torch.zeros(count), "gain": 1.0},
+        }
+        return {**given, "seed": value} if solver == "sde" else given
+
+    results = []
+    for value in (1, 2, 3):
+        x0 = rf.randn(5, 3, seed=value)
+        expected = sample(velocity, x0, return_info=True, **options(value))
+        found = sample(velocity, x0, compile="cudagraph", return_info=True, **options(value))
+        assert torch.equal(found.x, expected.x)
+        assert torch.equal(found.trajectory, expected.trajectory)
+        assert found.nfe == expected.nfe
+        results.append(found.x)
+    assert len(captured) == 1
+    assert not torch.equal(results[0], results[1])  # the first result is not the graph's memory
+    for changed in (options(1, count=2), options(1, steps=3)):
+        x0 = rf.randn(len(changed["guidance_scale"]), 3, seed=1)
+        expected = sample(velocity, x0, **changed)
+        assert torch.equal(sample(velocity, x0, compile="cudagraph", **changed), expected)
+    stronger = options(1)
+    stronger["condition"]["gain"] = 3.0  # a number is part of the graph
+    expected = sample(velocity, rf.randn(5, 3, seed=1), **stronger)
+    found = sample(velocity, rf.randn(5, 3, seed=1), compile="cudagraph", **stronger)
+    assert torch.equal(found, expected)
+    assert len(captured) == 4
+    forget_graphs(velocity)
+    sample(velocity, rf.randn(5, 3, seed=1), compile="cudagraph", **stronger)
+    assert len(captured) == 5
+    stronger["condition"]["gain"] = {3.0}
+    with pytest.raises(TypeError, match="needs tensors and hashable values; got set"):
+        sample(velocity, rf.randn(5, 3, seed=1), compile="cudagraph", **stronger)
+
+
+def test_tensors_inside_containers_are_copied_in_too(captured):
+    def velocity(x, t, extra):
+        return extra["text"][0][:, None] - x * extra["gain"]
+
+    for value in (1.0, 2.0, 3.0):
+        x0 = rf.randn(5, 3, seed=1)
+        extra = {"text": (torch.full((5,), value),), "gain": 2.0}
+        expected = sample(velocity, x0, steps=2, condition={"extra": extra})
+        found = sample(velocity, x0, steps=2, condition={"extra": extra}, compile="cudagraph")
+        assert torch.equal(found, expected)
+    assert len(captured) == 1
+    forget_graphs(velocity)
+
+
+def test_a_graph_made_in_inference_mode_serves_outside_of_it(captured):
+    def velocity(x, t):
+        return -x
+
+    with torch.inference_mode():
+        first = sample(velocity, rf.randn(5, 3, seed=1), steps=2, compile="cudagraph")
+    x0 = rf.randn(5, 3, seed=2)
+    second = sample(velocity, x0, steps=2, compile="cudagraph")
+    assert torch.equal(second, sample(velocity, x0, steps=2))
+    assert torch.equal(first, sample(velocity, rf.randn(5, 3, seed=1), steps=2))
+    assert len(captured) == 1
+    forget_graphs(velocity)
+
+
+def test_what_changes_the_work_is_captured_anew(captured):
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    forward = layers.forward
+    layers.forward = lambda x, t, flag=1: forward(x) * (2 if flag is True else 1)
+    x0 = rf.randn(5, 3, seed=1)
+
+    def run(**options):
+        return sample(layers.eval(), x0, steps=2, compile="cudagraph", **options)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run()
+    assert 0 < (plain - low).abs().max() < 0.1
+    assert torch.equal(run(), plain)
+    assert len(captured) == 2
+    sample(layers.train(), x0, steps=2, compile="cudagraph")
+    assert len(captured) == 3
+    doubled = run(condition={"flag": True})
+    assert torch.equal(doubled, sample(layers, x0, steps=2, condition={"flag": True}))
+    assert torch.equal(run(condition={"flag": 1}), plain)
+    assert len(captured) == 5
+    forget_graphs(layers)
+
+
+def test_what_cannot_be_captured():
+    x0 = torch.empty(2, 3, device="meta")
+
+    class Elsewhere:
+        device = torch.device("cuda")
+
+    def run(callback=None):
+        return Run((0.0, 1.0), False, callback, lambda fraction: None)
+
+    for solver, x, given, message in (
+        (Euler(), x0, run(), "samples on a CUDA device; got meta"),
+        (Dopri5(), Elsewhere(), run(), "a solver of fixed steps; got 'dopri5'"),
+        (Euler(), Elsewhere(), run(print), "no callback"),
+        (Euler(), Elsewhere(), run(), "no gradients"),
+    ):
+        with pytest.raises(ValueError, match=f"sample: compile='cudagraph' needs {message}"):
+            cuda_graph._refuse("sample", solver, x, given)
+    with torch.no_grad():
+        cuda_graph._refuse("sample", Euler(), Elsewhere(), run())
