@@ -94,3 +94,26 @@ def test_edits_of_the_config_count(field, before, after):
     theirs, ours = beside(act)
     assert ours[0] == theirs[0]
     assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
+
+
+def test_compiled_steps_see_edits():
+    """One graph for Euler's step, as in diffusers; a compiled step reads the levels as they are now."""
+
+    def act(cls):
+        torch._dynamo.reset()
+        scheduler = cls()
+        step = torch.compile(scheduler.step, backend="eager", fullgraph=True)
+        ends = []
+        for end in (0.0, 0.25):
+            scheduler.set_timesteps(4)
+            scheduler.set_begin_index(0)
+            scheduler.sigmas[-1] = end
+            x = torch.ones(1, 2)
+            for t in scheduler.timesteps:
+                x = step(x.sin(), t, x, return_dict=False)[0]
+            ends.append(x)
+        return torch.cat(ends)
+
+    theirs, ours = beside(act)
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(*ours)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.compiler import is_dynamo_compiling
 
 _TOLERANCE = 1e-6  # of num_train_timesteps: a few units in the last place of a float32 time
 
@@ -58,13 +59,20 @@ class HostCopy:
 class Levels(HostCopy):
     """Noise levels and the steps between them."""
 
-    _steps: list[float] | None = None
+    def __init__(self, tensor: torch.Tensor, known: np.ndarray | None = None) -> None:
+        super().__init__(tensor, known)
+        self._steps: list[float] | None = None if known is None else np.diff(known).tolist()
 
     def _changed(self) -> None:
         self._steps = None
 
-    def steps(self) -> list[float]:
-        """Each level's difference to the next, rounded to float32."""
+    def steps(self) -> list[float] | torch.Tensor:
+        """Each level's difference to the next, rounded to float32.
+
+        A tensor while torch.compile traces, which can neither count changes nor have a graph for every index.
+        """
+        if is_dynamo_compiling():
+            return self.tensor.float().diff()
         if self._steps is None or self._read_at != self.tensor._version:
             values = self.values()
             self._steps = np.diff(np.asarray(values, dtype=np.float32)).tolist()
