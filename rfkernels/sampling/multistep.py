@@ -8,8 +8,9 @@ coefficients of tensors, the newest first; whoever uses it sums them in one kern
 **DPM-Solver++ and UniPC** are exponential integrators in lambda = log((1 - s) / s) for the data
 estimate m = x + s v, v = dx/dt. With h = lambda_end - lambda_now their first order is
 x_end = (s_end / s) x + (1 - s_end / s) m, which is an Euler step, and differences of past m are added
-to it. Where h is infinite (a step to or from s = 0) or zero, the first order is all there is. At s = 1
-lambda is minus infinity, and that of 1 - 1e-6 is taken, as diffusers' UniPC does.
+to it. Where a difference of lambda is infinite (a step to or from s = 0) or zero, the order that gets by
+without it is taken. At s = 1 lambda is minus infinity, and above 1 - 1e-6 that of 1 - 1e-6 is taken, as diffusers'
+UniPC does.
 
 Sources: Lu et al., "DPM-Solver++", 2022 (2M and 3M); Zhao et al., "UniPC", 2023 (B1 and B2, data
 prediction).
@@ -64,10 +65,11 @@ def dpm(levels: Sequence[float], order: int, kind: str = "midpoint") -> tuple[fl
     end, now = levels[0], levels[1]
     ratio = end / now if now else 1.0
     gain = 1 - ratio
-    lam = [_log_ratio(s) for s in levels[: order + 1]]
-    h = lam[0] - lam[1]
-    if order == 1 or not _usable(*lam):
+    lam = _usable(levels, order)
+    order = len(lam) - 1
+    if order < 2:
         return ratio, gain
+    h = lam[0] - lam[1]
     alpha = 1 - end
     slope = alpha - gain / h  # alpha ((e^-h - 1) / h + 1)
     r0 = (lam[1] - lam[2]) / h
@@ -120,29 +122,37 @@ def _unipc_weights(
     rho solve sum_i rho_i r_i^k = b_{k+1}, b_k = k! phi_k(-h) / B(h); B(h) is e^-h - 1 (bh2) or -h
     (bh1).
     """
-    lam = [_log_ratio(s) for s in levels[: order + 1]]
+    lam = _usable(levels, order)
+    unused = [0.0] * (order + 1 - max(len(lam), 2))
+    if len(lam) < 2:
+        return [0.0] * (order - 1 + corrector), 0.0
     h = lam[0] - lam[1]
-    count = order if corrector else order - 1
-    if not _usable(*lam):
-        return [0.0] * count, 0.0
+    count = len(lam) - 2 + corrector
     ratio = levels[0] / levels[1]
     alpha = 1 - levels[0]
     growth = math.expm1(-h)
     scale, base = (1 - ratio, growth) if kind == "bh2" else (alpha * h, -h)
     if count == 0:
-        return [], scale
+        return unused, scale
     r = [(other - lam[1]) / h for other in lam[2:]] + [1.0] * corrector
     if count == 1:
         # The authors' choice instead of solving the one equation: exact to this order, and the
         # equation is ill-behaved for small h.
-        return [0.5 / r[0]], scale
+        return _with_unused([0.5 / r[0]], unused, corrector), scale
     b, phi, factorial = [], growth / -h - 1, 1
     for k in range(1, count + 1):
         b.append(phi * factorial / base)
         factorial *= k + 1
         phi = phi / -h - 1 / factorial
     rho = np.linalg.solve(np.vander(r, count, increasing=True).T, b)
-    return [float(w / x) for w, x in zip(rho, r, strict=True)], scale
+    weights = [float(w / x) for w, x in zip(rho, r, strict=True)]
+    return _with_unused(weights, unused, corrector), scale
+
+
+def _with_unused(weights: list[float], unused: list[float], corrector: bool) -> list[float]:
+    """The weights of all differences; those left out are the oldest, the corrector's own is the last."""
+    before = len(weights) - corrector
+    return weights[:before] + unused + weights[before:]
 
 
 def _log_ratio(level: float) -> float:
@@ -153,6 +163,12 @@ def _log_ratio(level: float) -> float:
     return math.log((1 - level) / level)
 
 
-def _usable(*lam: float) -> bool:
-    """Whether the differences of lambda along a step and its past are finite and not zero."""
-    return all(map(math.isfinite, lam)) and lam[0] != lam[1]
+def _usable(levels: Sequence[float], order: int) -> list[float]:
+    """lambda of the end, the state and the past, up to where a difference is infinite or zero."""
+    found: list[float] = []
+    for level in levels[: order + 1]:
+        lam = _log_ratio(level)
+        if not math.isfinite(lam) or lam in found:
+            break
+        found.append(lam)
+    return found

@@ -94,6 +94,20 @@ def test_logarithmic_times_keep_about_order_2_where_they_are_singular(solver, no
     assert 1.75 < slope(errors) < 2.25
 
 
+@pytest.mark.parametrize(
+    "solver", ["dpm++", DPMSolver(kind="heun"), DPMSolver(3), "unipc", UniPC(3), FULL_3], ids=str
+)
+@pytest.mark.parametrize("grid", [[0.0, 1e-8, 2e-8, 0.3, 0.5, 1.0], 1e6], ids=["listed", "shift"])
+def test_logarithmic_times_of_steps_that_are_all_noise(solver, grid, noise, truths):
+    """Levels above 1 - 1e-6 count as one, so the first steps have no difference to divide by."""
+    steps = 40 if grid == 1e6 else None
+    x = sample(RING, noise, steps=steps, grid=grid, solver=solver)
+    euler = sample(RING, noise, steps=steps, grid=grid)
+    assert rms(x, truths[WHOLE]) < rms(euler, truths[WHOLE])
+    back = invert(RING, x, steps=steps, grid=grid, solver=solver)
+    assert back.isfinite().all()
+
+
 def test_the_exact_third_derivative(noise, truths):
     solver, (a, b) = Taylor(order=3, derivative="jvp"), INSIDE
     errors = [
