@@ -49,7 +49,7 @@ def keep(tensor: Tensor, store: str) -> Stored:
         store: "device", a copy beside it; "host", in main memory, pinned and copied without waiting
             where the tensor is on a GPU; "int8" and "fp8" (e4m3), one byte a number and a float32
             scale for each row of D numbers, beside it: the row's greatest magnitude becomes 127 or
-            448.
+            448. Rows with NaN or infinities come back as NaN.
     """
     device, dtype = tensor.device, tensor.dtype
     if store == "device":
