@@ -118,7 +118,7 @@ class Dopri5:
         for index in range(self.max_steps):
             batch.attempt()
             if run.callback is not None:
-                run.callback(index, batch.on_device(batch.t).clone(), batch.state.model_input)
+                run.report(index, batch.on_device(batch.t).clone(), batch.state.model_input)
             run.progress(batch.fraction())
             if not batch.live.any():
                 trajectory = batch.reported()

@@ -36,15 +36,24 @@ class Evaluation(NamedTuple):
     """The velocity at one point.
 
     ``conditional`` alone, or both velocities of classifier-free guidance, or ``parts``: the
-    (coefficient, tensor) that another kind of guidance makes of them.
+    (coefficient, tensor) that another kind of guidance makes of them. ``writes`` says how often either
+    had been written to when it was returned.
     """
 
     conditional: Tensor
     unconditional: Tensor | None = None
     parts: tuple[Part, ...] | None = None
+    writes: tuple[int | None, ...] = ()
 
 
 Term = tuple[float | Tensor, Evaluation]
+
+
+def writes(tensor: Tensor) -> int | None:
+    """How often the tensor's memory was written to in place; None where nobody counts."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 @dataclass
@@ -123,10 +132,13 @@ class Field:
             return Evaluation(torch.zeros_like(state.x))
         conditional = self._call(state, self._times(t, state), self.condition)
         if guidance is None:
-            return Evaluation(conditional)
+            return Evaluation(conditional, writes=(writes(conditional),))
+        before = writes(conditional)
         unconditional = self._call(state, self._times(t, state), self.uncondition)
+        evaluation = Evaluation(conditional, unconditional, writes=(before, writes(unconditional)))
+        self._refuse_overwritten(evaluation)
         parts = guidance.parts(conditional, unconditional, state.x, t, self.memory)
-        evaluation = Evaluation(conditional, unconditional, parts)
+        evaluation = evaluation._replace(parts=parts)
         return self._in_one(state.x, evaluation) if self.compact else evaluation
 
     def combined(self, state: State, t: float | Tensor) -> Evaluation:
@@ -175,7 +187,9 @@ class Field:
         two tensors with the coefficients c g and c (1 - g), or what its parts are.
         """
         if len(terms) == 1 and terms[0][1].parts is None:
-            (dt, (conditional, unconditional, _)) = terms[0]
+            (dt, evaluation) = terms[0]
+            self._refuse_overwritten(evaluation)
+            conditional, unconditional, *_ = evaluation
             cast = self._cast()
             if unconditional is None:
                 return self._state(euler_step(x, conditional, dt, cast=cast))
@@ -271,7 +285,8 @@ class Field:
 
     def _parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
         """(coefficient, tensor) of a velocity."""
-        conditional, unconditional, parts = evaluation
+        self._refuse_overwritten(evaluation)
+        conditional, unconditional, parts, _ = evaluation
         if parts is not None:
             return parts
         if unconditional is None:
@@ -305,12 +320,22 @@ class Field:
         self.calls += 1
         call = self.velocity if self.compiled is None else self.compiled
         x = state.model_input
-        version = None if x.is_inference() else x._version
+        before = writes(x)
         value = call(x, t, **condition)
-        if version is not None and x._version != version:
+        if writes(x) != before:
             raise ValueError("velocity: must not write into x; got x changed in place by the call")
         self._check(value, state)
         return value.clone() if self.copy_outputs else value
+
+    def _refuse_overwritten(self, evaluation: Evaluation) -> None:
+        """A velocity that answers in the same memory every time would change earlier answers."""
+        velocities = (evaluation.conditional, evaluation.unconditional)
+        for velocity, before in zip(velocities, evaluation.writes, strict=False):
+            if velocity is not None and writes(velocity) != before:
+                raise ValueError(
+                    "velocity: must not overwrite what it returned before; got an answer changed in "
+                    "place by a later call (return a tensor of its own each time)"
+                )
 
     def _check(self, value: object, state: State) -> None:
         x = state.x

@@ -103,7 +103,7 @@ class FixedStepSolver:
             if run.keep_trajectory:
                 kept.append(state.model_input)
             if run.callback is not None:
-                run.callback(index, field.time(end, state), state.model_input)
+                run.report(index, field.time(end, state), state.model_input)
             run.progress((index + 1) / count)
         trajectory = torch.stack(kept) if run.keep_trajectory else None
         return Solution(state.model_input if moving else x0.clone(), field.calls, trajectory)

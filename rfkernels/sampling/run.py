@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from rfkernels.sampling.field import Field
+from rfkernels.sampling.field import Field, writes
 
 Callback = Callable[[int, Tensor, Tensor], object]
 
@@ -41,6 +41,16 @@ class Run:
     callback: Callback | None
     progress: Callable[[float], None]
     seed: int | Tensor | None = None
+
+    def report(self, index: int, t: Tensor, x: Tensor) -> None:
+        """Call the callback, which must not write into x: the run goes on from there."""
+        before = writes(x)
+        self.callback(index, t, x)
+        if writes(x) != before:
+            raise ValueError(
+                "callback: must not write into x; got x changed in place by the call at step "
+                f"{index}"
+            )
 
 
 class Solution(NamedTuple):

@@ -6,7 +6,6 @@ for the other.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +112,7 @@ def sample(
         progress: show a bar with the time left, on standard error.
         callback: ``callback(step_index, t, x)`` after every step, or every attempted one of an
             adaptive solver: t (B,) the time each sample has reached, x (B, ...) in x0's dtype. x
-            may be kept, not modified; what the callback returns is ignored.
+            may be kept, not written into; what the callback returns is ignored.
         return_info: return a :class:`SampleInfo`.
 
     Returns:
@@ -210,11 +209,14 @@ def _integrate(
     field = arguments.make_field(
         caller, velocity, x, condition, uncondition, guidance_scale, compile, solver, times
     )
-    with contextlib.ExitStack() as stack:
-        if not arguments.wants_gradients(x, field):
-            stack.enter_context(torch.no_grad())
-            x = x.detach()
-        bar = stack.enter_context(progress_bar(progress, f"{caller} ({solver.name})"))
+    recorded = arguments.wants_gradients(x, field)
+    if not recorded:
+        x = x.detach()
+    # Plain context managers, which torch.compile can follow.
+    with (
+        torch.set_grad_enabled(recorded and torch.is_grad_enabled()),
+        progress_bar(progress, f"{caller} ({solver.name})") as bar,
+    ):
         run = Run(times, return_info, callback, bar, seed)
         if not x.numel():
             solution = _nothing_to_do(x, run, solver)

@@ -140,6 +140,29 @@ def test_samples_may_be_single_numbers(solver):
     torch.testing.assert_close(flat, column[:, 0])
 
 
+@pytest.mark.parametrize("solver", [*(s for s in ALL if s is not JVP), "ab3", "unipc", "fireflow"])
+def test_an_answer_overwritten_by_the_next_call_is_an_error(solver, x0):
+    """Else both velocities of guidance, or of two stages, would silently be the same."""
+    memory = torch.empty(10, 3, 4)
+
+    def overwriting(x, t, shift=0.0):
+        return memory[: len(x)].copy_(t[:, None, None] - x + shift)
+
+    message = "velocity: must not overwrite what it returned before"
+    for given in ({"guidance_scale": 2.0, "condition": {"shift": 1.0}, "uncondition": {}}, {}):
+        if solver in ("euler", "midpoint", "taylor") and not given:
+            continue  # each answer is used before the next one
+        with pytest.raises(ValueError, match=message):
+            sample(overwriting, x0, steps=4, solver=solver, **given)
+    if solver in ("euler", "midpoint", "taylor"):
+        ours = sample(overwriting, x0, steps=4, solver=solver)
+        assert torch.equal(ours, sample(Counting(), x0, steps=4, solver=solver))
+    # The same tensor every time is none of that.
+    same = torch.ones_like(x0)
+    constant = sample(lambda x, t, **_: same, x0, steps=4, solver=solver)
+    torch.testing.assert_close(constant, x0 + 1)
+
+
 def test_compile_compiles_the_velocity(x0, monkeypatch):
     asked = []
 

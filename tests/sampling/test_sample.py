@@ -195,6 +195,33 @@ def test_the_callback_gets_step_time_and_state(x0):
         assert torch.equal(x, info.trajectory[index + 1])
 
 
+@pytest.mark.parametrize("solver", [*FIXED, "dopri5", "fireflow", "unipc"], ids=str)
+def test_a_callback_that_writes_into_the_state_is_an_error(solver, x0):
+    def clamping(index, t, x):
+        x.clamp_(-1, 1)
+
+    with pytest.raises(
+        ValueError, match=r"callback: must not write into x; got x changed .* step 0"
+    ):
+        sample(Counting(), x0, steps=3, solver=solver, callback=clamping)
+
+
+def test_a_callback_may_stop_the_run_and_nothing_is_left_behind(x0):
+    class StopIt(Exception):
+        pass
+
+    def stop(index, t, x):
+        if index == 1:
+            raise StopIt
+
+    expected = sample(Counting(), x0, steps=3)
+    for solver in ("euler", "fireflow", "dopri5"):
+        with pytest.raises(StopIt):
+            sample(Counting(), x0, steps=3, solver=solver, callback=stop, progress=True)
+    assert torch.is_grad_enabled()
+    assert torch.equal(sample(Counting(), x0, steps=3), expected)
+
+
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_the_progress_bar_is_on_standard_error(solver, x0, capsys):
     sample(Counting(), x0, steps=5, solver=solver, progress=True)
