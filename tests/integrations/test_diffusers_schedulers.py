@@ -139,7 +139,7 @@ def test_fields_and_their_order():
     assert rfd.RFEulerScheduler.order == 1
     # Pipelines branch on these.
     made = rfd.RFEulerScheduler()
-    for name in ("init_noise_sigma", "scale_model_input", "add_noise", "betas"):
+    for name in ("init_noise_sigma", "add_noise", "betas"):
         assert not hasattr(made, name)
 
 

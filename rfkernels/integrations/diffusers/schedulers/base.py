@@ -381,5 +381,9 @@ class FlowScheduler(FlowConfig):
             level = self._sigmas.values()[index]
         return noising.mixed(sample, noise, level, bit_exact=config["bit_exact"])
 
+    def scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The sample: flows need no scaling. Bria's pipeline asks it of every scheduler but diffusers' own."""
+        return sample
+
     def __len__(self) -> int:
         return self._options["num_train_timesteps"]

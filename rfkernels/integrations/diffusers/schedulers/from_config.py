@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 
 from rfkernels.integrations.diffusers.schedulers.config import COMPATIBLE, OURS, adapted
 
 
-class FlowConfig(SchedulerMixin, ConfigMixin):
-    """diffusers' two bases of a scheduler, with `from_config` for every scheduler of flows."""
+class FlowConfig(FlowMatchEulerDiscreteScheduler):
+    """A scheduler with `from_config` for every scheduler of flows.
+
+    diffusers' own is the base because some pipelines ask whether theirs is one (Bria, EasyAnimate); all that it does is done
+    anew.
+    """
 
     _compatibles: ClassVar[list[str]] = list(COMPATIBLE)
 

@@ -98,9 +98,9 @@ def _flow_match(
     timesteps: Sequence[float] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     count = config["num_train_timesteps"]
-    given = None if timesteps is None else np.array(timesteps).astype(np.float32)
+    given = None if timesteps is None else np.asarray(timesteps).astype(np.float32)
     if sigmas is not None:
-        levels = np.array(sigmas).astype(np.float32)
+        levels = np.asarray(sigmas).astype(np.float32)
     elif given is not None:
         levels = given / count
     else:

@@ -8,6 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
+from rfkernels.integrations.diffusers.schedulers.kept import Kept
 
 _MAX_CHURN = 2**0.5 - 1
 
@@ -23,7 +24,7 @@ class RFHeunScheduler(FlowScheduler):
 
     def _restart(self) -> None:
         super()._restart()
-        self._first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float] | None = None
+        self._first: tuple[Kept, torch.Tensor, torch.Tensor | None, float] | None = None
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inner = np.repeat(levels[1:-1], 2)
@@ -64,7 +65,7 @@ class RFHeunScheduler(FlowScheduler):
         Raises:
             ValueError: an integer timestep, no `set_timesteps` yet, or a run that begins at a second call.
             IndexError: a timestep that is not in the schedule, or a step after the last.
-            RuntimeError: the network wrote its second output over the first.
+            RuntimeError: the first output or sample was written over.
         """
         index = self._stage(timestep)
         levels = self._sigmas.values()
@@ -93,9 +94,10 @@ class RFHeunScheduler(FlowScheduler):
             # diffusers divides the output's share by the raised level
             slope = level / raised if churn > 0 else 1.0
             state = _moved(sample, (model_output,), (slope * step,), noise, strength)
-            self._first = (sample, model_output, noise, strength)
+            self._first = (Kept(sample), model_output, noise, strength)
         else:
-            start, output, noise, strength = self._first
+            kept, output, noise, strength = self._first
+            start = kept.get(self)
             self._refuse_overwritten(model_output, output)
             slope = level / raised if noise is not None else 1.0
             state = _moved(

@@ -7,6 +7,7 @@ import torch
 
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
+from rfkernels.integrations.diffusers.schedulers.kept import Kept
 from rfkernels.integrations.diffusers.schedulers.layout import with_midpoints
 
 
@@ -22,7 +23,7 @@ class RFMidpointScheduler(FlowScheduler):
 
     def _restart(self) -> None:
         super()._restart()
-        self._start: torch.Tensor | None = None  # the state at t_i while the call at m_i is awaited
+        self._start: Kept | None = None  # the state at t_i while the call at m_i is awaited
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return with_midpoints(levels, times, self._options["num_train_timesteps"])
@@ -47,19 +48,21 @@ class RFMidpointScheduler(FlowScheduler):
         Raises:
             ValueError: an integer timestep, no `set_timesteps` yet, or a run that begins at a midpoint.
             IndexError: a timestep that is not in the schedule, or a step after the last.
+            RuntimeError: the first half's sample was written over.
         """
         index = self._stage(timestep)
         levels = self._sigmas.values()
         if index % 2 == 0:
             state = updates.euler(sample, model_output, self._sigmas.steps()[index])
-            self._start = sample
+            self._start = Kept(sample)
         else:
             if self._start is None:
                 raise ValueError(
                     "RFMidpointScheduler.step: a run must begin at an even entry of timesteps; "
                     f"got entry {index}"
                 )
-            state = updates.euler(self._start, model_output, levels[index + 1] - levels[index - 1])
+            start = self._start.get(self)
+            state = updates.euler(start, model_output, levels[index + 1] - levels[index - 1])
             self._start = None
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)

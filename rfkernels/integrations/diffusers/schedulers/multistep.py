@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
 from rfkernels.integrations.diffusers.schedulers.config import FLOW_MATCH, solver
+from rfkernels.integrations.diffusers.schedulers.kept import Kept
 from rfkernels.sampling import multistep as rules
 
 AB2, DPM, UNIPC = ALGORITHMS = ("ab2", "dpm++", "unipc")
@@ -52,8 +53,8 @@ class RFMultistepScheduler(FlowScheduler):
         euler_at_final: end "dpm++" by a step of order 1.
         disable_corrector: steps of "unipc" after which the corrector rests.
 
-    The other arguments are those of the base class. diffusers' attributes ``init_noise_sigma``, `scale_model_input` and
-    `add_noise` are here because multistep schedulers have them.
+    The other arguments are those of the base class. diffusers' attributes ``init_noise_sigma`` and `add_noise` are here
+    because multistep schedulers have them.
     """
 
     init_noise_sigma = 1.0
@@ -133,8 +134,8 @@ class RFMultistepScheduler(FlowScheduler):
 
     def _restart(self) -> None:
         super()._restart()
-        # Of past calls, the newest first: the index, the state and the network's output there.
-        self._past: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        # Of past calls, the newest first: the index, the state ("ab2" needs none) and the network's output there.
+        self._past: list[tuple[int, Kept | None, torch.Tensor]] = []
         self._order = 0  # of the last step
 
     def step(
@@ -142,6 +143,7 @@ class RFMultistepScheduler(FlowScheduler):
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
         """The state at the next level.
@@ -149,13 +151,14 @@ class RFMultistepScheduler(FlowScheduler):
         Args:
             model_output: the network's output at ``sample``, d x / d sigma; kept for the coming steps.
             timestep: an entry of `timesteps`; looked up in the first step if no begin index is set, and then ignored.
-            sample: what the step before returned; kept as well.
+            sample: what the step before returned; "dpm++" and "unipc" keep it as well.
+            generator: nothing is drawn; pipelines may pass it.
             return_dict: return an object with ``prev_sample``, else a tuple.
 
         Raises:
             ValueError: an integer timestep where times are not integers, or no `set_timesteps` yet.
             IndexError: a timestep that is not in the schedule, or a step after the last.
-            RuntimeError: the network wrote its output over a kept one.
+            RuntimeError: an output or a sample that is kept was written over.
         """
         index = self._stage(timestep)
         past = self._past
@@ -169,11 +172,12 @@ class RFMultistepScheduler(FlowScheduler):
             state = updates.linear(
                 sample, outputs[: len(coefficients)], coefficients, dtype=model_output.dtype
             )
-            keep = 1
+            self._past = [(index, None, model_output)]
         else:
             state = self._data_step(index, levels, sample, model_output)
             keep = config["solver_order"] - (config["algorithm"] == DPM)
-        self._past = [(index, sample, model_output), *past][:keep]
+            if keep:
+                self._past = [(index, Kept(sample), model_output), *past][:keep]
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 
@@ -184,7 +188,8 @@ class RFMultistepScheduler(FlowScheduler):
         config = self._options
         kind = config["solver_type"]
         order = self._step_order(index)
-        calls = [(index, sample, output), *self._past]
+        past = [(i, state.get(self), old) for i, state, old in self._past]
+        calls = [(index, sample, output), *past]
         sigmas = [levels[index + 1], *(levels[i] for i, _, _ in calls)]
         if config["algorithm"] == DPM:
             of_state, *weights = rules.dpm(sigmas, order, kind)
@@ -198,8 +203,8 @@ class RFMultistepScheduler(FlowScheduler):
         self._order = order
         of_state += weights[0]
         tensors, coefficients = [output], [-sigmas[1] * weights[0]]
-        for (i, state, past), weight in zip(calls[1:], weights[1:], strict=False):
-            tensors += [state, past]
+        for (i, state, old), weight in zip(past, weights[1:], strict=False):
+            tensors += [state, old]
             coefficients += [weight, -levels[i] * weight]
         return updates.linear(sample, tensors, coefficients, of_state, dtype=sample.dtype)
 
@@ -217,10 +222,6 @@ class RFMultistepScheduler(FlowScheduler):
         ):
             return 1
         return min(order, 2) if left == 2 and lowered else order
-
-    def scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The sample: flows need no scaling."""
-        return sample
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
