@@ -41,9 +41,10 @@ def test_layouts():
         assert scheduler.timesteps.tolist() == times
         assert scheduler.sigmas.tolist() == levels
         assert scheduler.order == (2 if name in ("Heun", "Midpoint") else 1)
-    apart = rfd.RFMidpointScheduler()
-    apart.set_timesteps(sigmas=[1.0, 0.5], timesteps=[900.0, 100.0])
-    assert apart.timesteps.tolist() == [900, 500, 100, 50]
+    for count in (1, 10, 1000):
+        apart = rfd.RFMidpointScheduler(count)
+        apart.set_timesteps(sigmas=[1.0, 0.5], timesteps=[0.9 * count, 0.1 * count])
+        assert apart.timesteps.tolist() == pytest.approx([c * count for c in (0.9, 0.5, 0.1, 0.05)])
 
 
 @pytest.mark.parametrize("name", ["Heun", "Midpoint", "FireFlow", "Multistep"])

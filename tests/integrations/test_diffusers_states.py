@@ -13,15 +13,17 @@ pytest.importorskip(
 )
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rfkernels.integrations import diffusers as rfd
 
 
-def walk(scheduler):
+def walk(scheduler, dtype=torch.float32):
     """The states of a run from 0 with outputs 1: the partial sums of the steps."""
-    x, states = torch.zeros(1, 2), []
+    x, output, states = torch.zeros(1, 2, dtype=dtype), torch.ones(1, 2, dtype=dtype), []
     for t in scheduler.timesteps:
-        x = scheduler.step(torch.ones(1, 2), t, x).prev_sample
+        x = scheduler.step(output, t, x).prev_sample
         states.append(x[0, 0].item())
     return states
 
@@ -69,6 +71,39 @@ def test_edits_in_inference_mode_count():
     theirs, ours = beside(act)
     assert ours == theirs
     assert ours[-1] == ours[-2]
+
+
+ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "ab2", "dpm++", "unipc"]
+
+
+def made(name, **config):
+    if name[0].islower():
+        return rfd.RFMultistepScheduler(algorithm=name, **config)
+    return getattr(rfd, f"RF{name}Scheduler")(**config)
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9),
+    st.sampled_from([None, "first", "last", "assigned"]),
+)
+def test_a_constant_field_leads_to_the_levels_there_are(name, levels, edit):
+    """With output 1 every state is sigma - sigma_0 by any rule; levels in any order, some twice, and edited."""
+    scheduler = made(name)
+    if name in ("dpm++", "unipc"):  # whose weights are huge on the way up to 1
+        levels.sort(reverse=True)
+    scheduler.set_timesteps(sigmas=levels)
+    if edit == "last":
+        scheduler.sigmas[-1] = scheduler.sigmas[-2]
+    elif edit == "first":
+        scheduler.sigmas[0] *= 0.9
+    elif edit == "assigned":
+        scheduler.sigmas = scheduler.sigmas / 2 + 0.1
+    scheduler.set_begin_index(0)
+    states = walk(scheduler, torch.float64)
+    levels = scheduler.sigmas.double()
+    assert states == pytest.approx((levels[1:] - levels[0]).tolist(), abs=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,16 @@ class RFFireFlowScheduler(FlowScheduler):
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         middle, middle_times = midpoints(levels, times, self._options["num_train_timesteps"])
-        self._grid = levels.tolist()
         return np.concatenate([levels[:1], middle, levels[-1:]]), np.append(times[:1], middle_times)
+
+    def _half(self, index: int) -> float:
+        """Half of the interval whose midpoint `sigmas` has at this entry: the ends of intervals follow from the first
+        level and the midpoints."""
+        levels = self._sigmas.values()
+        start = levels[0]
+        for middle in levels[1:index]:
+            start = 2 * middle - start
+        return levels[index] - start
 
     def step(
         self,
@@ -55,18 +63,14 @@ class RFFireFlowScheduler(FlowScheduler):
             RuntimeError: the network wrote its output over the last one.
         """
         index = self._stage(timestep)
-        grid, previous = self._grid, self._previous
-        last = grid[index] - grid[index - 1] if index else 0.0
-        coming = grid[index + 1] - grid[index] if index < len(grid) - 1 else 0.0
+        step, previous = self._sigmas.steps()[index], self._previous
         if previous is None or index == 0:
-            state = updates.euler(sample, model_output, (last + coming) / 2)
+            state = updates.euler(sample, model_output, step)
         else:
             self._refuse_overwritten(model_output, previous)
+            half = self._half(index)
             state = updates.linear(
-                sample,
-                (model_output, previous),
-                (last + coming / 2, -last / 2),
-                dtype=model_output.dtype,
+                sample, (model_output, previous), (step + half, -half), dtype=model_output.dtype
             )
         self._previous = model_output
         self._step_index = index + 1

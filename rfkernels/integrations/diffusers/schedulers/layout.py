@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_ROUNDING = 1e-5  # of the largest time: what float32 leaves between a time and its level
+
 
 def midpoints(levels: np.ndarray, times: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(N) levels and times half-way between the N + 1 levels of the grid.
@@ -17,7 +19,10 @@ def midpoints(levels: np.ndarray, times: np.ndarray, count: int) -> tuple[np.nda
         count: num_train_timesteps.
     """
     level = (levels[:-1] + levels[1:]) / np.float32(2)
-    if np.allclose(times, levels[:-1] * count, rtol=0, atol=1):
+    apart = (
+        1 if np.issubdtype(times.dtype, np.integer) else _ROUNDING * count
+    )  # integers are cut off
+    if np.allclose(times, levels[:-1] * count, rtol=0, atol=apart):
         return level, (level * np.float32(count)).astype(times.dtype)
     ends = np.append(times[1:], levels[-1] * count)
     return level, ((times + ends) / 2).astype(times.dtype)
