@@ -76,7 +76,7 @@ def edit(
 ) -> None:
     """Edit images into another class without training.
 
-    A .png shows every image beside its edit; a file of arrays holds the edits x (n, ...), their labels
+    A .png shows every image above its edit; a file of arrays holds the edits x (n, ...), their labels
     and source (n, ...).
 
     [bold]Examples[/]
@@ -89,7 +89,7 @@ def edit(
     """
     import torch
 
-    from rfkernels.cli.pictures import is_image, one_grid, require_pictures
+    from rfkernels.cli.pictures import beside, is_image, require_pictures
     from rfkernels.cli.sample import arrays
     from rfkernels.editing import Features
     from rfkernels.editing import edit as edit_samples
@@ -153,8 +153,8 @@ def edit(
         found["source"].append(read.x)
     values = {name: torch.cat(parts) for name, parts in found.items()}
     if picture:
-        beside = torch.stack((values["source"], values["x"]), 1).flatten(0, 1)
-        write_bytes(out, one_grid(beside, columns=2 * max(1, round((len(index) / 2) ** 0.5))))
+        title = f"To class {target_label} by {method}"
+        write_bytes(out, beside(values["source"], values["x"], title))
     else:
         write_bytes(out, arrays(out.suffix.lower(), values))
     if not quiet:

@@ -38,6 +38,13 @@ def invert(
         float | None,
         typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
     ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
+            "and kept in its grid.json."
+        ),
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale; 1 inverts best.")
     ] = None,
@@ -65,6 +72,7 @@ def invert(
     """
     import torch
 
+    from rfkernels.cli.run_grid import choose_grid
     from rfkernels.cli.sample import arrays
     from rfkernels.data import as_dataset, load_dataset
     from rfkernels.metrics.drawer import Drawer
@@ -78,7 +86,8 @@ def invert(
     if getattr(get_solver(solver), "stochastic", False):
         raise ValueError(f"solver: must be deterministic; got {solver!r}, which draws noise")
     device = choose_device(device)
-    drawer = Drawer(load(run, device=device), guidance=guidance, label=label)
+    loaded = load(run, device=device)
+    drawer = Drawer(loaded, guidance=guidance, label=label)
     shape, velocity = drawer.sample_shape, drawer.velocity
     images = Path(source).is_dir() and len(shape) == 3
     size = {"image_size": shape[-1], "channels": shape[0]} if images else {}
@@ -94,6 +103,7 @@ def invert(
         raise ValueError("label: must be given for images without labels; got None")
     if steps is None and not get_solver(solver).adaptive:
         steps = 32
+    times = choose_grid(loaded, grid, shift, solver=solver, guidance=guidance, quiet=quiet)
     found: dict[str, list[torch.Tensor]] = {"x0": [], "round_trip": [], "labels": []}
     # Uni-Inv is made for Euler's way back.
     back = "euler" if solver == "uni-inv" else None
@@ -111,7 +121,7 @@ def invert(
                 read.x.to(device),
                 solver=solver,
                 sample_solver=back,
-                grid=shift,
+                grid=times,
                 condition=condition,
                 guidance_scale=guidance,
                 uncondition=None if guidance is None else {},

@@ -15,6 +15,7 @@ __all__ = [
     "COLOURS",
     "FAINT",
     "INK",
+    "beside",
     "grid_table",
     "is_image",
     "one_grid",
@@ -95,36 +96,59 @@ def _grid(x: torch.Tensor, columns: int, side: int) -> torch.Tensor:
 def grid_table(
     columns: Sequence[tuple[str, str]],
     rows: Sequence[str],
-    cells: Sequence[Sequence[torch.Tensor | None]],
+    cells: Sequence[Sequence[torch.Tensor | str | None]],
     across: int,
 ) -> bytes:
     """Grids of images in a table, so that the same place in every grid is the same noise.
 
     Args:
         columns: (title, colour) each.
-        rows: their labels.
-        cells: a row of images (N, C, H, W) in [-1, 1] a row, None for an empty place.
+        rows: their labels; what follows a line break is smaller.
+        cells: a row of images (N, C, H, W) in [-1, 1] a row; words say why a place is empty, and None
+            leaves it so. One place at least has images.
         across: images side by side in a grid.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    grids = [[None if x is None else _grid(x, across, 32) for x in members] for members in cells]
-    high, wide, _ = next(g for members in grids for g in members if g is not None).shape
-    left, heading, gap = 92, 40, 16
+    grids = [
+        [_grid(x, across, 32) if isinstance(x, torch.Tensor) else x for x in members]
+        for members in cells
+    ]
+    first = next(g for members in grids for g in members if isinstance(g, torch.Tensor))
+    high, wide, _ = first.shape
+    title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
+    note_font = ImageFont.load_default(11)
+    high = max(high, 16 * max(1 + label.count("\n") for label in rows))
+    notes = [cell for members in grids for cell in members if isinstance(cell, str)]
+    texts = [
+        *(title_font.getlength(title) for title, _ in columns),
+        *map(note_font.getlength, notes),
+    ]
+    wide = max(wide, math.ceil(max(texts)) + 6)
+    lines = [label.partition("\n")[::2] for label in rows]
+    left = 28 + math.ceil(
+        max(max(label_font.getlength(a), note_font.getlength(b)) for a, b in lines)
+    )
+    heading, gap = 40, 14
     size = (left + len(columns) * (wide + gap), heading + len(rows) * (high + gap))
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
     for j, (title, colour) in enumerate(columns):
         x = left + j * (wide + gap)
         draw.rectangle((x + 2, heading - 7, x + wide - 3, heading - 4), fill=colour)
         draw.text((x + 2, heading / 2 - 3), title, fill=colour, font=title_font, anchor="lm")
-    for i, (label, members) in enumerate(zip(rows, grids, strict=True)):
+    for i, ((label, note), members) in enumerate(zip(lines, grids, strict=True)):
         top = heading + i * (high + gap)
-        draw.text((left - 14, top + high / 2), label, fill=INK, font=label_font, anchor="rm")
+        middle, edge = top + high / 2, left - 14
+        lift = 8 if note else 0
+        draw.text((edge, middle - lift), label, fill=INK, font=label_font, anchor="rm")
+        draw.text((edge, middle + lift), note, fill=FAINT, font=note_font, anchor="rm")
         for j, grid in enumerate(members):
-            if grid is not None:
-                picture.paste(Image.fromarray(grid.numpy()), (left + j * (wide + gap), top))
+            x = left + j * (wide + gap)
+            if isinstance(grid, str):
+                draw.text((x + 2, middle), grid, fill=FAINT, font=note_font, anchor="lm")
+            elif grid is not None:
+                picture.paste(Image.fromarray(grid.numpy()), (x, top))
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
@@ -134,7 +158,7 @@ def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tenso
     """Rows of images side by side, so that a column is one noise seen through every model and step count.
 
     Args:
-        groups: (title, colour, rows), each row (label, images (N, C, H, W) in [-1, 1]); N is the same everywhere.
+        groups: (title, colour, rows), each row (label, images (N, C, H, W) in [-1, 1]); no N is above the first.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -143,14 +167,15 @@ def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tenso
     scale = _enlarged(max(height, width), 44)
     high, wide, gap = height * scale, width * scale, 4
     left, heading, margin = 118, 34, 18
+    title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
+    titles = max(math.ceil(title_font.getlength(title)) for title, _, _ in groups)
     rows = sum(len(group[2]) for group in groups)
     size = (
-        left + count * (wide + gap) + margin,
+        max(left + count * (wide + gap), margin + 14 + titles) + margin,
         margin + rows * (high + gap) + len(groups) * heading,
     )
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
     top = margin // 2
     for title, colour, members in groups:
         draw.rectangle(
@@ -170,3 +195,24 @@ def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tenso
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
+
+
+def beside(before: torch.Tensor, after: torch.Tensor, title: str) -> bytes:
+    """Images (N, C, H, W) in [-1, 1] above what became of them, as many side by side as are easy to see.
+
+    Args:
+        title: what was done, under which it stands.
+    """
+    side = max(before.shape[2:])
+    across = max(1, min(16, 1024 // (side * _enlarged(side, 44))))
+    groups = [
+        (
+            f"{title}: {start + 1} to {start + len(x)}" if len(before) > across else title,
+            COLOURS[1],
+            [("image", x), ("edit", y)],
+        )
+        for start, x, y in zip(
+            range(0, len(before), across), before.split(across), after.split(across), strict=True
+        )
+    ]
+    return sample_rows(groups)

@@ -244,7 +244,7 @@ def frame_of(x: torch.Tensor) -> Frame:
 def cloud_table(
     columns: Sequence[tuple[str, str]],
     rows: Sequence[str],
-    cells: Sequence[Sequence[torch.Tensor | None]],
+    cells: Sequence[Sequence[torch.Tensor | str | None]],
     frame: Frame,
 ) -> bytes:
     """Scatter plots of points (N, 2) in a table, all on the axes of `frame`.
@@ -252,7 +252,7 @@ def cloud_table(
     Args:
         columns: (title, colour) each.
         rows: their labels.
-        cells: a row of points a row, None for an empty place.
+        cells: a row of points a row; words say why a place is empty, and None leaves it so.
     """
     from matplotlib.figure import Figure
 
@@ -261,14 +261,16 @@ def cloud_table(
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, (label, members) in enumerate(zip(rows, cells, strict=True)):
         for j, ((title, colour), x) in enumerate(zip(columns, members, strict=True)):
-            if x is None:
-                axes[i, j].set_axis_off()
-                continue
-            _scatter(axes[i, j], x, colour, frame)
+            ax = axes[i, j]
             if i == 0:
-                axes[i, j].set_title(title, fontsize=11, color=colour, fontweight="bold")
+                ax.set_title(title, fontsize=11, color=colour, fontweight="bold")
             if j == 0:
-                axes[i, j].set_ylabel(label, color=INK)
+                ax.set_ylabel(label, color=INK)
+            if isinstance(x, torch.Tensor):
+                _scatter(ax, x, colour, frame)
+                continue
+            ax.set(xticks=(), yticks=(), frame_on=False)  # the label stays
+            ax.text(0.5, 0.5, x or "", ha="center", va="center", color=FAINT, fontsize=9)
     return _bytes(figure)
 
 

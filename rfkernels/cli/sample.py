@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rfkernels.cli.options import Device, choose_device
-from rfkernels.cli.output import check_file, say, write_bytes
+from rfkernels.cli.output import check_file, console, say, write_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+    from rfkernels.cli.solver_comparison import Comparison
 
 _SUFFIXES = (".png", ".safetensors", ".npz")
 
@@ -26,7 +30,8 @@ def sample(
         ),
     ],
     n: Annotated[
-        int | None, typer.Option("--n", "-n", help="How many samples.", show_default="64, or 16")
+        int | None,
+        typer.Option("--n", "-n", help="How many samples.", show_default="64; 8 with --compare"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the solver.", show_default="8; none for dopri5")
@@ -36,7 +41,7 @@ def sample(
         typer.Option(
             help="euler, heun, ab2, fireflow, unipc, dpm++, dopri5, sde, ... (docs/samplers.md); "
             "with --compare several, with commas.",
-            show_default="the run's: euler, for most",
+            show_default="the run's: euler, for most; all with --compare",
         ),
     ] = None,
     shift: Annotated[
@@ -44,7 +49,11 @@ def sample(
         typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="Another grid: uniform, karras, exponential or beta.")
+        str | None,
+        typer.Option(
+            help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
+            "and kept in its grid.json."
+        ),
     ] = None,
     compare: Annotated[
         bool,
@@ -85,23 +94,23 @@ def sample(
 
     from rfkernels.cli.pictures import is_image, one_grid, require_pictures
     from rfkernels.cli.plots import point_cloud
+    from rfkernels.cli.run_grid import choose_grid
     from rfkernels.cli.solver_comparison import compared, evaluation_counts
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.training import load
 
-    n = (16 if compare else 64) if n is None else n
+    n = (8 if compare else 64) if n is None else n
     for name, value in (("n", n), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1; got {value}")
     if seed < 0:
         raise ValueError(f"seed: must not be negative; got {seed}")
-    if shift is not None and grid is not None:
-        raise ValueError(f"grid: give it or shift, not both; got {grid!r} and {shift}")
     counts = evaluation_counts(nfe) if compare else ()
     if compare and steps is not None:
         raise ValueError(f"steps: leave it out with --compare, which takes --nfe; got {steps}")
     check_file("out", out, (".png",) if compare else _SUFFIXES, force=force)
-    drawer = Drawer(load(run, device=choose_device(device)), guidance=guidance, label=label)
+    loaded = load(run, device=choose_device(device))
+    drawer = Drawer(loaded, guidance=guidance, label=label)
     shape = drawer.sample_shape
     picture = out.suffix.lower() == ".png"
     if picture:
@@ -110,14 +119,19 @@ def sample(
                 f"out: samples of the shape {shape} are no pictures; give an .npz or .safetensors file"
             )
         require_pictures()
-    options = {"seed": seed, "grid": shift if grid is None else grid, "batch": batch}
+    solver = solver if compare else solver or drawer.default_solver
+    times = choose_grid(
+        loaded, grid, shift, solver=None if compare else solver, guidance=guidance, quiet=quiet
+    )
+    options = {"seed": seed, "grid": times, "batch": batch}
     if compare:
-        table, rows = compared(drawer, solver, counts, torch.arange(n), guidance, options)
-        write_bytes(out, table)
+        found = compared(drawer, solver, counts, torch.arange(n), guidance, options)
+        write_bytes(out, found.picture)
         if not quiet:
-            say(f"{n} noises, {rows} solvers, {nfe} network evaluations. Wrote {out}")
+            _show_distances(found, counts)
+            solvers = "1 solver" if found.solvers == 1 else f"{found.solvers} solvers"
+            say(f"{n} noises, {solvers}, {nfe} network evaluations. Wrote {out}")
         return
-    solver = solver or drawer.default_solver
     if steps is None and solver != "dopri5":
         steps = 8
     index = torch.arange(n)
@@ -143,6 +157,33 @@ def sample(
         write_bytes(out, arrays(out.suffix.lower(), values))
     if not quiet:
         say(f"{n} samples, network evaluations for each: {nfe:g}. Wrote {out}")
+
+
+def _show_distances(found: Comparison, counts: Sequence[int]) -> None:
+    """The table of `found.distances`, the nearest in every column in bold."""
+    if not found.distances:
+        return
+    from rich.table import Table
+
+    say(f"Distance to what {found.reference} draws (rms), by evaluations of the network:")
+    table = Table()
+    table.add_column("solver")
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    least = [
+        min((x for x in column if x is not None), default=None)
+        for column in zip(*found.distances.values(), strict=True)
+    ]
+    for name, row in found.distances.items():
+        shown = ("" if x is None else f"{x:.2g}" for x in row)
+        table.add_row(
+            name,
+            *(
+                f"[bold]{text}[/]" if x is not None and x == best else text
+                for text, x, best in zip(shown, row, least, strict=True)
+            ),
+        )
+    console.print(table)
 
 
 def arrays(suffix: str, values: dict[str, torch.Tensor]) -> bytes:

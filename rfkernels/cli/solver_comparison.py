@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,11 @@ import torch
 if TYPE_CHECKING:
     from rfkernels.metrics.drawer import Drawer
 
-__all__ = ["compared", "evaluation_counts"]
+__all__ = ["Comparison", "compared", "evaluation_counts"]
 
 # curved-euler is of other paths, rf++ of reflowed models, flow-map of networks trained as one.
 _ASKED_FOR_ONLY = ("curved-euler", "rf++", "flow-map")
+_ACROSS = 8  # images side by side
 
 
 def evaluation_counts(text: str) -> tuple[int, ...]:
@@ -32,6 +33,24 @@ def evaluation_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What `compared` found.
+
+    Attributes:
+        picture: PNG, a row a solver, a column a number of evaluations.
+        solvers: how many.
+        distances: solver -> for every number of evaluations the root mean square distance of its samples
+            to those of `reference`, None where it makes no step; of the solvers without noise.
+        reference: the adaptive solver among them; None without one, and then there are no distances.
+    """
+
+    picture: bytes
+    solvers: int
+    distances: dict[str, list[float | None]]
+    reference: str | None
+
+
 def compared(
     drawer: Drawer,
     solvers: str | None,
@@ -39,14 +58,14 @@ def compared(
     index: torch.Tensor,
     guidance: float | None,
     options: dict[str, Any],
-) -> tuple[bytes, int]:
-    """(a PNG table, how many solvers it shows): a row a solver, a column a number of evaluations.
+) -> Comparison:
+    """The same noises under every solver.
 
     Args:
         drawer: the run.
         solvers: names with commas; None for all that fit the run.
         counts: evaluations of the network; every solver takes as many steps as that allows, and its
-            place stays empty where not even one does. An adaptive solver takes what it needs.
+            place says so where not even one does. An adaptive solver takes what it needs.
         index: (n,) sample indices.
         guidance: the scale, which doubles the evaluations of a step.
         options: of `Drawer.draw`: seed, grid, batch.
@@ -56,7 +75,7 @@ def compared(
     """
     from rfkernels.cli.pictures import COLOURS, grid_table, is_image, require_pictures
     from rfkernels.cli.plots import cloud_table, frame_of
-    from rfkernels.sampling import get_solver, steps_within
+    from rfkernels.sampling import get_solver
 
     picture = is_image(drawer.sample_shape)
     if not picture and drawer.sample_shape != (2,):
@@ -65,31 +84,62 @@ def compared(
     names = _names(drawer, solvers)
     each = 1 if guidance in (None, 1.0) else 2
     fixed = [name for name in names if not get_solver(name).adaptive]
-    adaptive = [name for name in names if name not in fixed]
-    cells: list[list[torch.Tensor | None]] = []
-    for name in fixed:
-        row: list[torch.Tensor | None] = []
-        for count in counts:
-            steps = steps_within(name, count // each)
-            drawn = None
-            if steps is not None:
-                drawn, _ = drawer.draw(index, solver=name, steps=steps, **options)
-            row.append(drawn)
-        cells.append(row)
-    rows = list(fixed)
-    for name in adaptive:  # in the last column, under a label that says what it cost
-        drawn, cost = drawer.draw(index, solver=name, steps=None, **{**options, "grid": None})
-        cells.append([None] * (len(counts) - 1) + [drawn])
-        rows.append(f"{name} ({cost:.0f})")
+    cells = [
+        [_drawn(drawer, name, count, each, index, options) for count in counts] for name in fixed
+    ]
+    noisy = [name for name in fixed if getattr(get_solver(name), "stochastic", False)]
+    rows = [f"{name}\nwith noise" if name in noisy else name for name in fixed]
+    distances, reference = {}, None
+    for name in (name for name in names if name not in fixed):
+        try:
+            exact, cost = drawer.draw(index, solver=name, steps=None, **{**options, "grid": None})
+        except RuntimeError as error:
+            if not str(error).startswith(f"{name}:"):
+                raise
+            rows.append(name)
+            cells.append([*[None] * (len(counts) - 1), "does not reach its tolerances"])
+            continue
+        # In the last column, under a label that says what it cost.
+        rows.append(f"{name}\n{cost:.0f} evaluations")
+        cells.append([*[None] * (len(counts) - 1), exact])
+        reference = name
+        distances = {
+            other: [_distance(x, exact) for x in members]
+            for other, members in zip(fixed, cells, strict=False)
+            if other not in noisy
+        }
     columns = [
         (f"{count} evaluations", COLOURS[i % len(COLOURS)]) for i, count in enumerate(counts)
     ]
-    if all(x is None for row in cells for x in row):
+    drawn = [x for members in cells for x in members if isinstance(x, torch.Tensor)]
+    if not drawn:
         raise ValueError(f"nfe: must allow a step of one of the solvers; got {counts}")
     if picture:
-        return grid_table(columns, rows, cells, math.isqrt(len(index))), len(rows)
-    everything = torch.cat([x for row in cells for x in row if x is not None])
-    return cloud_table(columns, rows, cells, frame_of(everything)), len(rows)
+        png = grid_table(columns, rows, cells, min(len(index), _ACROSS))
+    else:
+        png = cloud_table(columns, rows, cells, frame_of(torch.cat(drawn)))
+    return Comparison(png, len(rows), distances, reference)
+
+
+def _drawn(
+    drawer: Drawer,
+    name: str,
+    count: int,
+    each: int,
+    index: torch.Tensor,
+    options: dict[str, Any],
+) -> torch.Tensor | str:
+    """Samples by at most `count` evaluations, `each` of them a call of the solver's; or why there are none."""
+    from rfkernels.sampling import evaluations, steps_within
+
+    steps = steps_within(name, count // each)
+    if steps is None:
+        return f"a step takes {evaluations(name, 1) * each}"
+    return drawer.draw(index, solver=name, steps=steps, **options)[0]
+
+
+def _distance(x: torch.Tensor | str | None, exact: torch.Tensor) -> float | None:
+    return float((x - exact).square().mean().sqrt()) if isinstance(x, torch.Tensor) else None
 
 
 def _names(drawer: Drawer, solvers: str | None) -> list[str]:

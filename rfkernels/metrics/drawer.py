@@ -134,18 +134,24 @@ class Drawer:
         info = self._solve(index, seed, steps=steps, solver="euler")
         return straightness_of_trajectory(info.times, info.trajectory)
 
+    def given(self, index: torch.Tensor) -> dict[str, Any]:
+        """What `rfkernels.sample` takes besides the noise of these samples: condition and guidance."""
+        labels = self.labels(index)
+        return {
+            "condition": {} if labels is None else {"y": labels.to(self._device)},
+            "guidance_scale": self._guidance,
+            "uncondition": None if self._guidance is None else {},
+        }
+
     @torch.no_grad()
     def _solve(self, rows: torch.Tensor, seed: int, **options: Any) -> Any:
-        labels = self.labels(rows)
         if getattr(get_solver(options["solver"]), "stochastic", False):
             # A key of its own for every sample, so that sample i is the same whatever else is drawn.
             options["seed"] = rows.to(self._device) + derive_seed(seed, "solver noise") // 2
         return sample(
             self.velocity,
             self.noise(rows, seed),
-            condition={} if labels is None else {"y": labels.to(self._device)},
-            guidance_scale=self._guidance,
-            uncondition=None if self._guidance is None else {},
+            **self.given(rows),
             return_info=True,
             **options,
         )

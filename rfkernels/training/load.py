@@ -35,6 +35,7 @@ class LoadedRun:
         conditional: whether it was trained with labels or condition vectors.
         folder: where the checkpoint lies; for several rounds of reflow, the last one's.
         step: of the checkpoint.
+        which: "ema" or "model", the weights that it has.
         description: config.json as it is.
     """
 
@@ -47,6 +48,7 @@ class LoadedRun:
     conditional: bool
     folder: Path
     step: int
+    which: str
     description: dict[str, Any]
 
     @property
@@ -108,6 +110,7 @@ def load(
         conditional=bool(description.get("conditional")),
         folder=folder,
         step=found.step,
+        which=which,
         description=description,
     )
 

@@ -90,8 +90,15 @@ def test_an_image_in_and_a_picture_out(run, tmp_path):
         "-q",
     ]
     assert main([*arguments, *options]) == 0
-    picture = Image.open(io.BytesIO(out.read_bytes()))
-    assert picture.size == (2 * 50 + 2, 50 + 2)  # the image beside its edit
+    picture = Image.open(io.BytesIO(out.read_bytes())).convert("L")
+    grey = round(0.299 * 200 + 0.587 * 100)
+    image, edit = picture.crop((118, 43, 166, 91)), picture.crop((118, 95, 166, 143))
+    assert image.getextrema() == (grey, grey)  # the image above its edit, eight times eight pixels
+    assert {picture.getpixel((117, y)) for y in range(43, 143)} == {255}
+    for top in range(0, 48, 6):
+        lines = {edit.crop((0, y, 48, y + 1)).tobytes() for y in range(top, top + 6)}
+        assert len(lines) == 1
+    assert edit.getextrema() != (255, 255)
     assert main([*arguments, *options]) == 2
     assert main([*arguments, *options, "--force"]) == 0
 
