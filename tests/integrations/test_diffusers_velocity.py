@@ -118,6 +118,10 @@ def test_flux2_by_the_pipelines_own_packing(guided):
     assert torch.equal(told[1], found[1]) is not guided
     order = velocity_from_pretrained(inner)(x, T, **given, txt_ids=torch.zeros(7, 4))
     assert not torch.equal(order, default)  # the words' places matter
+    with pytest.raises(
+        ValueError, match=r"x: FLUX.2 latents must be \(B, 4, H, W\); got \(2, 1, 6,"
+    ):
+        field(torch.randn(2, 1, 6, 10), T, **given)
 
 
 def test_ltx_by_the_pipelines_own_packing():
@@ -149,6 +153,10 @@ def test_ltx_by_the_pipelines_own_packing():
         assert torch.equal(field(x, T, **given), by_hand(25, None))
         assert not torch.equal(slow, by_hand(25, None))
         assert not torch.equal(masked, by_hand(25, None))
+    with pytest.raises(
+        ValueError, match=r"x: LTX latents must be \(B, 4, frames, H, W\); got \(2, 4,"
+    ):
+        field(torch.randn(2, 4, 3, 5), T, **given)
 
 
 def test_sampling_is_the_schedulers_loop():
