@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfkernels.editing.setting import EditField
 from rfkernels.editing.storage import STORES, Stored, keep
 from rfkernels.sampling.field import Evaluation, Field, State
 from rfkernels.training.option_checks import number, require, whole
@@ -204,7 +205,7 @@ def attention_blocks(velocity: object) -> list[nn.Module]:
 
 
 @dataclass
-class TappedField(Field):
+class TappedField(EditField):
     """A field that records its network's features in a bank, or injects them, in the first intervals
     of the grid.
 

@@ -63,6 +63,7 @@ class RFEdit:
         down = setting.run(setting.times[::-1], 0.0, 0.5)
         up = setting.run(setting.times, 0.5, 1.0)
         inverted = solver.integrate(source, setting.x1, down)
+        target.carried = source.last
         return solver.integrate(target, inverted.x, up).x
 
 

@@ -60,9 +60,10 @@ class UniEdit:
             )
         steps = max(1, round(self.alpha * setting.steps))
         times = setting.times[-steps - 1 :]
-        source = setting.source_field()
-        inverted = UniInv().integrate(source, setting.x1, setting.run(times[::-1], 0.0, 1 / 3))
-        source, target = setting.source_field(), setting.target_field()
+        inverting, source = setting.source_field(), setting.source_field()
+        target = setting.target_field()
+        inverted = UniInv().integrate(inverting, setting.x1, setting.run(times[::-1], 0.0, 1 / 3))
+        source.carried = inverting.last
         state = source.start(inverted.x)
         for index, (t, end) in enumerate(pairwise(times)):
             here = source.combined(state, t)

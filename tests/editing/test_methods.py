@@ -339,6 +339,25 @@ def test_low_precision_in_and_out(method, x1):
     assert rms(result.float(), wide) < 0.25
 
 
+@pytest.mark.parametrize(
+    "method", [*EVERY, FlowEdit(n_min=3), RFEdit("heun"), RFEdit("ab2"), RFEdit("taylor")]
+)
+def test_low_precision_is_the_network_s_alone(method, x1):
+    """The state stays float32 from the first step to the last, between inversion and sampling too."""
+
+    def narrow(x, t, side=None):
+        return velocity(x.float(), t, side).to(torch.bfloat16)
+
+    x, options = x1.to(torch.bfloat16), {"source": SOURCE, "target": TARGET, "method": method}
+    got = edit(narrow, x, **options, steps=12).x
+    wide = edit(
+        lambda x, t, side=None: narrow(x.to(torch.bfloat16), t, side).float(), x.float(),
+        **options, steps=12,
+    ).x  # fmt: skip
+    torch.testing.assert_close(got, wide.to(torch.bfloat16), rtol=0.008, atol=0)
+    assert (got == wide.to(torch.bfloat16)).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("method", EVERY)
 def test_guidance_counts_and_uses_both_scales(method, x1):
     calls = []
