@@ -285,3 +285,38 @@ def test_pipelines_run_with_any_of_ours(name):
     ):
         found = call(name, cls.from_config(config), 12)
         assert (found - many).norm() < (few - many).norm(), cls
+
+
+def test_times_that_a_pipeline_cuts_off():
+    """SkyReels V2 forces frames on times of their own, made of the scheduler's by `long()`, each with a scheduler's copy."""
+    family = FAMILIES["SkyReelsV2"]
+    pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=build(family)[0],
+        vae=None,
+        scheduler=rfd.RFMidpointScheduler(shift=5.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(steps):
+        return pipe(
+            prompt=None,
+            prompt_embeds=words(),
+            height=64,
+            width=64,
+            num_frames=9,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(5),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+    with pytest.raises(ValueError, match="timestep must be an entry of timesteps"):
+        run(2)
+    pipe.scheduler = rfd.RFEulerScheduler(shift=5.0, integer_timesteps=True)
+    few, many = run(3), run(60)
+    for cls in (rfd.RFHeunScheduler, rfd.RFMidpointScheduler, rfd.RFFireFlowScheduler):
+        pipe.scheduler = cls(shift=5.0, integer_timesteps=True)
+        assert (run(12) - many).norm() < (few - many).norm(), cls
