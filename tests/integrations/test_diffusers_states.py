@@ -12,6 +12,7 @@ pytest.importorskip(
     "diffusers", minversion="0.42", reason="needs diffusers 0.42, whose rules these are"
 )
 
+import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,3 +153,38 @@ def test_compiled_steps_see_edits():
     theirs, ours = beside(act)
     assert torch.equal(ours, theirs)
     assert not torch.equal(*ours)
+
+
+def test_heun_with_noise_in_some_calls():
+    """The second call ends what the first began, whatever its own arguments are."""
+
+    def act(cls):
+        scheduler = cls(shift=2.0)
+        scheduler.set_timesteps(5)
+        x = torch.linspace(-1, 1, 12).reshape(2, 6)
+        generator = torch.Generator().manual_seed(0)
+        for i, t in enumerate(scheduler.timesteps):
+            churn = (3.0, 0.0, -0.3)[i % 3]
+            x = scheduler.step(x.sin(), t, x, s_churn=churn, generator=generator).prev_sample
+        return x
+
+    theirs, ours = (
+        act(cls) for cls in (diffusers.FlowMatchHeunDiscreteScheduler, rfd.RFHeunScheduler)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    inverted = rfd.RFHeunScheduler(
+        invert_sigmas=True
+    )  # it begins at sigma 0, where nothing is added
+    inverted.set_timesteps(4)
+    x = torch.ones(1, 2)
+    assert inverted.step(x, inverted.timesteps[0], 0 * x, s_churn=2.0).prev_sample.isfinite().all()
+
+
+def test_times_of_noise_in_any_shape():
+    def act(cls):
+        scheduler, x = cls(shift=3.0), torch.ones(3, 2, 2)
+        times = scheduler.timesteps[[3, 500, 999]]
+        return torch.cat([scheduler.scale_noise(x, t, 2 * x) for t in (times, times[:, None])])
+
+    theirs, ours = beside(act)
+    assert torch.equal(ours, theirs)

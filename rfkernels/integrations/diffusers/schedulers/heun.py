@@ -24,7 +24,10 @@ class RFHeunScheduler(FlowScheduler):
 
     def _restart(self) -> None:
         super()._restart()
-        self._first: tuple[Kept, torch.Tensor, torch.Tensor | None, float] | None = None
+        # Of the first call: its sample and output, the output's share, the step, noise and its strength.
+        self._first: tuple[Kept, torch.Tensor, float, float, torch.Tensor | None, float] | None = (
+            None
+        )
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inner = np.repeat(levels[1:-1], 2)
@@ -77,10 +80,9 @@ class RFHeunScheduler(FlowScheduler):
         level, after = (
             (levels[index], levels[index + 1]) if first else (levels[index - 1], levels[index])
         )
-        churn = s_churn / (len(levels) - 1) if s_tmin <= level <= s_tmax else 0.0
-        raised = level * (1 + min(churn, _MAX_CHURN))
+        gamma = min(s_churn / (len(levels) - 1), _MAX_CHURN) if s_tmin <= level <= s_tmax else 0.0
         noise = None
-        if churn > 0:
+        if gamma > 0:
             # Drawn in second calls too, where nothing is done with it: a generator stays in step with diffusers'.
             noise = randn_tensor(
                 model_output.shape,
@@ -88,21 +90,17 @@ class RFHeunScheduler(FlowScheduler):
                 device=model_output.device,
                 dtype=model_output.dtype,
             )
-        step = after - raised
         if first:
-            strength = s_noise * (raised * raised - level * level) ** 0.5
-            # diffusers divides the output's share by the raised level
-            slope = level / raised if churn > 0 else 1.0
-            state = _moved(sample, (model_output,), (slope * step,), noise, strength)
-            self._first = (Kept(sample), model_output, noise, strength)
+            step = after - level * (1 + gamma)
+            share = step / (1 + gamma)  # diffusers divides the output by the raised level
+            strength = s_noise * level * (gamma * (2 + gamma)) ** 0.5 if gamma > 0 else 0.0
+            state = _moved(sample, (model_output,), (share,), noise, strength)
+            self._first = (Kept(sample), model_output, share, step, noise, strength)
         else:
-            kept, output, noise, strength = self._first
+            kept, output, share, step, noise, strength = self._first
             start = kept.get(self)
             self._refuse_overwritten(model_output, output)
-            slope = level / raised if noise is not None else 1.0
-            state = _moved(
-                start, (output, model_output), (slope * step / 2, step / 2), noise, strength
-            )
+            state = _moved(start, (output, model_output), (share / 2, step / 2), noise, strength)
             self._first = None
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)

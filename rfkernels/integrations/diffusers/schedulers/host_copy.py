@@ -165,15 +165,12 @@ class TimeTable(HostCopy):
         return places[nearer].tolist()
 
     def levels(self, times: torch.Tensor, levels: Levels, scale: int) -> float | torch.Tensor:
-        """The levels at (B,) times, float32 and on their device; a float when there is one time.
+        """The levels at B times, (B,) float32 and on their device; a float when there is one time.
 
         Raises:
             IndexError: a time on the host that is not there; on an accelerator its level is NaN instead.
         """
-        if times.ndim != 1:
-            raise TypeError(
-                f"timestep must be 1-D, a time for every sample; got shape {tuple(times.shape)}"
-            )
+        times = times.flatten()
         if times.is_cpu:
             values = levels.values()
             found = [values[place] for place in self._places(times.tolist(), scale)]
