@@ -216,12 +216,14 @@ class TappedField(EditField):
         times: the ascending grid.
         backwards: whether it is walked down.
         recording: whether features are recorded; else injected.
+        tapped: calls of the velocity in which blocks could exchange.
     """
 
     bank: Bank | None = None
     times: tuple[float, ...] = ()
     backwards: bool = False
     recording: bool = False
+    tapped: int = 0
     _where: tuple[int, bool] = (0, False)
     _calls_before: int = 0
     _turns: Counter[int] = field(default_factory=Counter)
@@ -264,6 +266,7 @@ class TappedField(EditField):
         if self._where[0] >= self.bank.features.steps:
             return super()._call(state, t, condition)
         self._turns.clear()
+        self.tapped += 1
         with _tapped(self):
             return super()._call(state, t, condition)
 

@@ -63,6 +63,8 @@ class RFEdit:
         down = setting.run(setting.times[::-1], 0.0, 0.5)
         up = setting.run(setting.times, 0.5, 1.0)
         inverted = solver.integrate(source, setting.x1, down)
+        if features is not None and features.blocks != () and source.tapped:
+            _check_kept(setting.bank)
         target.carried = source.last
         return solver.integrate(target, inverted.x, up).x
 
@@ -75,6 +77,15 @@ class FireFlowEdit(RFEdit):
 
     name: ClassVar[str] = "fireflow"
     solver: str | Solver = "fireflow"
+
+
+def _check_kept(bank: Bank) -> None:
+    """Refuses to go on without anything to share, which no result would tell."""
+    if not bank.kept:
+        raise ValueError(
+            "features: blocks must run when the velocity is called, in the thread that calls it; "
+            "none of them did in the steps that share"
+        )
 
 
 def _check(features: Features, setting: Setting) -> None:

@@ -4,6 +4,7 @@ several threads; and guidance whose two calls get the same arguments."""
 import copy
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from rfkernels.editing import Bank, Features, Key, RFEdit, attention_blocks, edit
 from rfkernels.models import DiT
 from rfkernels.ops.random import randn
-from rfkernels.sampling import Euler, sample
+from rfkernels.sampling import CFGZero, Euler, sample
 
 SOURCE, TARGET = {"y": torch.tensor([0, 1])}, {"y": torch.tensor([1, 0])}
 OPTIONS = {"source": SOURCE, "target": TARGET, "method": "rf-edit", "steps": 4}
@@ -242,6 +243,28 @@ def test_compiled_blocks_are_compiled_once_more_not_for_every_block_step_and_edi
         assert found.bank_bytes == expected.bank_bytes
     assert counter.frame_count - before == 2  # before and after the exchange
     torch.compiler.reset()
+
+
+def test_blocks_that_never_run_are_refused(network, x1):
+    class Unused(nn.Module):
+        def __init__(self, threaded):
+            super().__init__()
+            self.network, self.threaded = network, threaded
+
+        def forward(self, x, t, y):
+            if not self.threaded:
+                return x * 0.5
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(lambda: torch.no_grad()(self.network)(x, t, y)).result()
+
+    for threaded in (False, True):
+        with pytest.raises(ValueError, match="none of them did in the steps that share"):
+            edit(Unused(threaded), x1, **OPTIONS, features=Features(2))
+        assert edit(Unused(threaded), x1, **OPTIONS, features=Features(2, blocks=[])).nfe == 16
+        assert edit(Unused(threaded), x1, **OPTIONS, features=Features(0)).nfe == 16
+    # A rest at the start, in which the velocity is not called at all, has nothing to keep.
+    rest = {"source_guidance_scale": CFGZero(2.0, zero_steps=2), "uncondition": {}}
+    assert edit(network, x1, **OPTIONS, **rest, features=Features(1)).bank_missed > 0
 
 
 def test_what_does_not_fit(network, x1):
