@@ -324,7 +324,7 @@ class Field:
         value = call(x, t, **condition)
         if writes(x) != before:
             raise ValueError("velocity: must not write into x; got x changed in place by the call")
-        self._check(value, state)
+        check_answer(value, state.x, x.dtype)
         return value.clone() if self.copy_outputs else value
 
     def _refuse_overwritten(self, evaluation: Evaluation) -> None:
@@ -337,23 +337,24 @@ class Field:
                     "place by a later call (return a tensor of its own each time)"
                 )
 
-    def _check(self, value: object, state: State) -> None:
-        x = state.x
-        if not isinstance(value, Tensor):
-            raise TypeError(f"velocity: must return a tensor; got {type(value).__name__}")
-        if value.shape != x.shape:
-            raise ValueError(
-                f"velocity: must return a tensor of the shape of x, {tuple(x.shape)}; "
-                f"got {tuple(value.shape)}"
-            )
-        if value.device != x.device:
-            raise ValueError(
-                f"velocity: must return a tensor on the device of x, {x.device}; got {value.device}"
-            )
-        if not value.is_floating_point():
-            raise TypeError(f"velocity: must return a floating point tensor; got {value.dtype}")
-        if value.dtype == torch.float64 and x.dtype != torch.float64:
-            raise TypeError(
-                f"velocity: may return float64 only if x is float64; got {value.dtype} for x in "
-                f"{state.model_input.dtype} (pass float64 samples, or return v.to(x.dtype))"
-            )
+
+def check_answer(value: object, x: Tensor, read: torch.dtype) -> None:
+    """Refuse what a velocity must not return for the state x, read by it in the dtype ``read``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"velocity: must return a tensor; got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise ValueError(
+            f"velocity: must return a tensor of the shape of x, {tuple(x.shape)}; "
+            f"got {tuple(value.shape)}"
+        )
+    if value.device != x.device:
+        raise ValueError(
+            f"velocity: must return a tensor on the device of x, {x.device}; got {value.device}"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"velocity: must return a floating point tensor; got {value.dtype}")
+    if value.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(
+            f"velocity: may return float64 only if x is float64; got {value.dtype} for x in {read} "
+            "(pass float64 samples, or return v.to(x.dtype))"
+        )

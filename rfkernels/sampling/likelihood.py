@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfkernels._dispatch import transforms_active
 from rfkernels.ops.random import derive_seed, rand, randn
-from rfkernels.sampling.arguments import check_callable, check_samples
+from rfkernels.sampling.arguments import check_callable, check_samples, requires_grad
+from rfkernels.sampling.field import check_answer
 from rfkernels.sampling.guidance import ClassifierFree, Guidance, Interval
+from rfkernels.sampling.nested import map_leaves
 from rfkernels.sampling.run import Solver
 from rfkernels.sampling.sample import invert
 
@@ -66,8 +69,10 @@ def log_likelihood(
 ) -> LogLikelihood:
     """log p1(x1) of the flow's own distribution.
 
-    Gradients reach x1, and the velocity's parameters, when x1 requires grad and a fixed-step solver is
-    taken (of an adaptive one they ignore the choice of the steps).
+    Gradients are recorded as by ``sample``: when x1, a tensor of the conditions or the guidance scale
+    requires grad, and then those of the velocity's parameters too (of an adaptive solver they ignore
+    the choice of the steps). The derivatives that the divergence needs are taken in any grad mode and
+    in inference mode.
 
     Args:
         velocity: velocity(x, t, **condition), differentiable in x, samples independent of each other
@@ -92,22 +97,50 @@ def log_likelihood(
         ValueError, TypeError: arguments that do not fit.
     """
     _check(velocity, x1, trace, probes, probe, seed, guidance_scale)
+    if torch.is_inference_mode_enabled():
+        # Nothing can be differentiated there, nor what was made there.
+        def plain(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+        with torch.inference_mode(False), torch.no_grad():
+            return log_likelihood(
+                velocity,
+                plain(x1),
+                solver=solver,
+                trace=trace,
+                probes=probes,
+                probe=probe,
+                seed=seed,
+                log_density=log_density,
+                condition=map_leaves(plain, condition),
+                uncondition=map_leaves(plain, uncondition),
+                guidance_scale=guidance_scale,
+                **options,
+            )
     batch, shape = x1.shape[0], x1.shape[1:]
-    size = max(math.prod(shape), 1)
+    size = math.prod(shape)
     extra: dict[str, Any] = {}
     if trace == "hutchinson":
         extra[_PROBES] = _draw(probe, (batch, probes, size), seed, x1)
     start = torch.cat([x1.reshape(batch, size), x1.new_zeros(batch, 1)], 1)
+    scale = guidance_scale.scale if isinstance(guidance_scale, Guidance) else guidance_scale
+    if torch.is_grad_enabled() and requires_grad(condition, uncondition, scale):
+        start.requires_grad_()
 
     def augmented(y: Tensor, t: Tensor, **given: Any) -> Tensor:
         eps = given.pop(_PROBES, None)
-        recorded = torch.is_grad_enabled() and y.requires_grad
-        with torch.enable_grad():
-            x = y[:, :-1] if recorded else y[:, :-1].detach().requires_grad_()
-            v = velocity(x.reshape(-1, *shape), t, **given).reshape(x.shape)
-            divergence = _divergence(v, x, eps, recorded)
-        result = torch.cat([v.to(y.dtype), divergence[:, None].to(y.dtype)], 1)
-        return result if recorded else result.detach()
+
+        def flat(x: Tensor) -> Tensor:
+            x = x.reshape(x.shape[0], *shape)
+            v = velocity(x, t, **given)
+            check_answer(v, x, x.dtype)
+            return v.reshape(v.shape[0], size)
+
+        if transforms_active():
+            v, divergence = _transformed(flat, y[:, :-1], eps)
+        else:
+            v, divergence = _differentiated(flat, y[:, :-1], eps)
+        return torch.cat([v.to(y.dtype), divergence[:, None].to(y.dtype)], 1)
 
     info = invert(
         augmented,
@@ -120,7 +153,7 @@ def log_likelihood(
         **options,
     )
     x0 = info.x[:, :-1].reshape(x1.shape)
-    log_p0 = _standard_normal(x0) if log_density is None else log_density(x0)
+    log_p0 = _standard_normal(info.x[:, :-1]) if log_density is None else log_density(x0)
     if not isinstance(log_p0, Tensor) or log_p0.shape != (batch,):
         raise ValueError(
             f"log_likelihood: log_density must return shape ({batch},); got {log_p0!r}"
@@ -170,26 +203,57 @@ def _draw(kind: str, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
     return values if kind == "gaussian" else torch.where(values < 0.5, -1.0, 1.0).to(like.dtype)
 
 
-def _divergence(v: Tensor, x: Tensor, eps: Tensor | None, recorded: bool) -> Tensor:
-    """(B,) sum of dv_i / dx_i, exact without eps (B, probes, d), else the mean of eps^T J eps."""
-    if not v.requires_grad:  # a velocity that does not depend on x
-        return v.new_zeros(v.shape[0])
+def _differentiated(
+    velocity: Callable[[Tensor], Tensor], x: Tensor, eps: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(B, d) velocities at x (B, d), and their divergence, by autograd."""
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        if not recorded:
+            x = x.detach().requires_grad_()
+        v = velocity(x)
+        if not v.requires_grad:  # it does not depend on x, or was computed without gradients
+            with torch.no_grad():
+                moved = velocity(x + 1)
+            if not torch.equal(moved, v):
+                raise ValueError(
+                    "log_likelihood: velocity must be differentiable in x; got answers that depend on "
+                    "x and do not require grad (computed under no_grad or inference_mode?)"
+                )
+            return v, v.new_zeros(v.shape[0])
 
-    def pulled(weights: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(
-            v, x, weights, retain_graph=True, create_graph=recorded, allow_unused=True
-        )
-        return torch.zeros_like(x) if found is None else found
+        def pulled(weights: Tensor) -> Tensor:
+            (found,) = torch.autograd.grad(
+                v, x, weights, retain_graph=True, create_graph=recorded, allow_unused=True
+            )
+            return torch.zeros_like(x) if found is None else found
 
+        divergence = _divergence(pulled, v, eps)
+    return (v, divergence) if recorded else (v.detach(), divergence.detach())
+
+
+def _transformed(
+    velocity: Callable[[Tensor], Tensor], x: Tensor, eps: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same inside torch.func, which knows no autograd."""
+    v, pull = torch.func.vjp(velocity, x)
+    return v, _divergence(lambda weights: pull(weights)[0], v, eps)
+
+
+def _divergence(pulled: Callable[[Tensor], Tensor], v: Tensor, eps: Tensor | None) -> Tensor:
+    """(B,) sum of dv_i / dx_i, exact without eps (B, probes, d), else the mean of eps^T J eps;
+    ``pulled`` multiplies by the transposed Jacobian."""
+    total = v.new_zeros(v.shape[0])
     if eps is None:
-        basis = torch.eye(x.shape[1], dtype=v.dtype, device=v.device)
-        return sum(pulled(row.expand_as(v))[:, i] for i, row in enumerate(basis))
-    return (
-        sum((pulled(eps[:, k].to(v.dtype)) * eps[:, k]).sum(1) for k in range(eps.shape[1]))
-        / eps.shape[1]
-    )
+        basis = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+        for i, row in enumerate(basis):
+            total = total + pulled(row.expand_as(v))[:, i]
+        return total
+    for probe in eps.unbind(1):
+        total = total + (pulled(probe.to(v.dtype)) * probe).sum(1)
+    return total / eps.shape[1]
 
 
 def _standard_normal(x: Tensor) -> Tensor:
-    flat = x.reshape(x.shape[0], -1)
-    return -0.5 * flat.square().sum(1) - 0.5 * flat.shape[1] * math.log(2 * math.pi)
+    """(B,) of (B, d)."""
+    return -0.5 * x.square().sum(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)

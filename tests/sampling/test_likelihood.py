@@ -7,7 +7,10 @@ import torch
 
 import rfkernels as rf
 from rfkernels.flow.closed_form import GaussianMixtureFlow
-from rfkernels.sampling import Interval, Rescaled, log_likelihood, sample
+from rfkernels.sampling import Interval, Rescaled, Taylor, log_likelihood, sample
+
+# Raised inside torch the first time it differentiates forward.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 
 RING = GaussianMixtureFlow.ring()
 
@@ -48,6 +51,135 @@ def linear_flow(scale, mean):
         return gain * (x - t.reshape(-1, *[1] * (x.ndim - 1)) * centre) / factor + centre
 
     return velocity
+
+
+class Anisotropic:
+    """The flow to N(m, C) with a full C: x_t is N(t m, (1 - t)^2 I + t^2 C), and with S_t its covariance
+    the velocity is m + (t C - (1 - t) I) S_t^-1 (x - t m)."""
+
+    mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    covariance = torch.tensor(
+        [[2.0, 0.7, 0.1], [0.7, 1.0, -0.3], [0.1, -0.3, 0.5]], dtype=torch.float64
+    )
+
+    def at(self, t):
+        covariance = (1 - t) ** 2 * torch.eye(3, dtype=torch.float64) + t**2 * self.covariance
+        return torch.distributions.MultivariateNormal(t * self.mean, covariance)
+
+    def __call__(self, x, t):
+        t = t.reshape(-1, 1, 1)
+        one = torch.eye(3, dtype=torch.float64)
+        covariance = (1 - t) ** 2 * one + t**2 * self.covariance
+        gain = (t * self.covariance - (1 - t) * one) @ torch.linalg.inv(covariance)
+        return self.mean + (gain @ (x - t[:, 0] * self.mean)[..., None])[..., 0]
+
+
+FULL = Anisotropic()
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"solver": "dopri5", "rtol": 1e-8, "atol": 1e-8}, 1e-7),
+        ({"solver": "rk4", "steps": 60}, 1e-7),
+        ({"solver": "unipc", "steps": 100}, 1e-2),
+        ({"solver": Taylor(order=3), "steps": 60}, 1e-5),
+        ({"solver": Taylor(derivative="jvp"), "steps": 60}, 3e-3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (0.2, 0.6)])
+def test_a_gaussian_with_correlations(ends, options, tolerance):
+    start, end = ends
+    x = FULL.at(end).mean + rf.randn(6, 3, seed=1, dtype=torch.float64)
+    found = log_likelihood(
+        FULL, x, trace="exact", t_start=start, t_end=end, log_density=FULL.at(start).log_prob,
+        **options,
+    )  # fmt: skip
+    expected = FULL.at(end).log_prob(x)
+    torch.testing.assert_close(found.log_likelihood, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", [{"solver": "rk4", "steps": 10}, {"solver": "dopri5"}], ids=str)
+def test_the_estimate_of_a_gaussian_with_correlations(solver):
+    x = rf.randn(6, 3, seed=1, dtype=torch.float64)
+    errors = torch.stack(
+        [
+            log_likelihood(FULL, x, seed=seed, probes=16, **solver).log_likelihood
+            - FULL.at(1.0).log_prob(x)
+            for seed in range(8)
+        ]
+    )
+    spread = errors.std().item()
+    assert 0.01 < spread < 1
+    assert abs(errors.mean().item()) < 5 * spread / math.sqrt(errors.numel())
+
+
+@pytest.mark.parametrize("trace", [{"trace": "exact"}, {"seed": 3}], ids=["exact", "estimate"])
+def test_modes_without_gradients_do_not_matter(trace, x1):
+    """In inference mode nothing can be differentiated: the divergence must not become 0."""
+    options = {
+        "solver": "rk4",
+        "steps": 10,
+        "condition": {"extra": [torch.ones(2).double()]},
+        **trace,
+    }
+
+    def velocity(x, t, extra):
+        return RING(x, t) * extra[0]
+
+    expected = log_likelihood(velocity, x1, **options)
+    with torch.no_grad():
+        unrecorded = log_likelihood(velocity, x1, **options)
+    with torch.inference_mode():
+        made_there = {**options, "condition": {"extra": [torch.ones(2).double()]}}
+        inference = log_likelihood(velocity, x1 * 1, **made_there)
+    for found in (unrecorded, inference):
+        torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
+        assert torch.equal(found.x0, expected.x0)
+
+
+def test_a_velocity_without_gradients_is_refused(x1):
+    frozen = torch.no_grad()(lambda x, t: RING(x, t))
+    for trace in ({"trace": "exact"}, {"seed": 1}):
+        with pytest.raises(ValueError, match="velocity must be differentiable in x"):
+            log_likelihood(frozen, x1, solver="heun", steps=3, **trace)
+
+
+def test_answers_of_the_wrong_shape_or_precision_are_refused(x1):
+    """(40, 2) and (2, 40) have as many numbers."""
+    with pytest.raises(ValueError, match=r"shape of x, \(40, 2\); got \(2, 40\)"):
+        log_likelihood(lambda x, t: x.T, x1, seed=1, solver="euler", steps=1)
+    with pytest.raises(TypeError, match="float64 only if x is float64"):
+        log_likelihood(lambda x, t: x.double(), x1.float(), trace="exact", solver="euler", steps=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,)])
+def test_no_samples_no_numbers_and_one_number_a_sample(shape):
+    x = rf.randn(*shape, seed=1)
+    for trace in ({"trace": "exact"}, {"seed": 1}):
+        found = log_likelihood(lambda x, t: 0.5 * x, x, solver="heun", steps=50, **trace)
+        assert found.x0.shape == shape
+        # x0 = x e^-1/2, and the divergence is half the dimension.
+        size = math.prod(shape[1:])
+        squares = (x * math.exp(-0.5)).square().reshape(len(x), size).sum(1)
+        expected = -0.5 * squares - 0.5 * size * (math.log(2 * math.pi) + 1)
+        torch.testing.assert_close(found.log_likelihood, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trace", [{"trace": "exact"}, {"seed": 3}], ids=["exact", "estimate"])
+def test_torch_func_differentiates_the_likelihood(trace, x1):
+    x, options = x1[:4], {"solver": "rk4", "steps": 6, **trace}
+
+    def run(x):
+        return log_likelihood(RING, x, **options).log_likelihood
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(run(leaf).sum(), leaf)
+    reverse = torch.func.grad(lambda x: run(x).sum())(x)
+    torch.testing.assert_close(reverse, expected)
+    _, forward = torch.func.jvp(run, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(forward, expected.sum(1))
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
@@ -139,6 +271,24 @@ def test_gradients_reach_the_data_and_the_parameters(x1):
     (score,) = torch.autograd.grad(RING.log_density(exact, 1.0).sum(), exact)
     torch.testing.assert_close(gx, score, rtol=0, atol=1e-4)
     torch.testing.assert_close(gs, -score.sum(0), rtol=0, atol=1e-3)
+    # A condition alone is enough, as in sample, and a guidance scale.
+    alone = log_likelihood(
+        velocity, x1[:6], trace="exact", solver="rk4", steps=60, condition={"shift": shift}
+    )
+    torch.testing.assert_close(torch.autograd.grad(alone.log_likelihood.sum(), shift)[0], gs)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    guided = log_likelihood(
+        lambda x, t, gain=0.0: gain * x, x1[:6], trace="exact", solver="rk4", steps=20,
+        guidance_scale=scale, condition={"gain": 0.5}, uncondition={}, log_density=lambda x: 0 * x[:, 0],
+    )  # fmt: skip
+    # dx/dt = g x / 2 in two dimensions: log p falls by g
+    gradient = torch.autograd.grad(guided.log_likelihood.sum(), scale)[0]
+    torch.testing.assert_close(gradient, torch.tensor(-6.0, dtype=torch.float64))
+    with torch.no_grad():
+        still = log_likelihood(
+            velocity, x1, seed=1, steps=2, solver="heun", condition={"shift": shift}
+        )
+    assert not still.log_likelihood.requires_grad
     assert not log_likelihood(RING, x1, seed=1, steps=2, solver="heun").log_likelihood.requires_grad
 
 
