@@ -5,6 +5,7 @@
     diffusers.register_attention_backend  then model.set_attention_backend("rfkernels")
     transformers.register_attention()     then attn_implementation="rfkernels"
     diffusers.RFMidpointScheduler, ...    schedulers for diffusers' pipelines
+    diffusers.edit(pipe, image, ...)      editing without training on a whole pipeline
     sageattention, comfyui, k_diffusion   functions with the signatures of those projects
     set_precision(model, {pattern: ...})  a precision per layer
 

@@ -22,7 +22,6 @@ from rfkernels.integrations.diffusers.attention import (
     set_attention,
 )
 from rfkernels.integrations.diffusers.coverage import Coverage, coverage
-from rfkernels.integrations.diffusers.editing import PipelineEdit, edit
 from rfkernels.integrations.diffusers.exchange import allow_exchange, forbid_exchange
 from rfkernels.integrations.diffusers.schedulers import __all__ as _SCHEDULERS
 from rfkernels.integrations.diffusers.velocity import (
@@ -35,11 +34,9 @@ __all__ = [
     "Coverage",
     "DiffusersNetwork",
     "DiffusersVelocity",
-    "PipelineEdit",
     "allow_exchange",
     "attention_stats",
     "coverage",
-    "edit",
     "forbid_exchange",
     "register_attention_backend",
     "reset_attention",
@@ -48,12 +45,21 @@ __all__ = [
 ]
 
 
+# Loaded when they are asked for: most uses need no editing.
+_EDITING = ("PipelineEdit", "edit")
+
+
 def __getattr__(name: str) -> object:
+    if name in _EDITING:
+        from rfkernels.integrations.diffusers import editing
+
+        return getattr(editing, name)
     if name in _SCHEDULERS:
         from rfkernels.integrations.diffusers import schedulers
 
         return getattr(schedulers, name)
-    if name == "SchedulerMixin":  # a pipeline that is loaded looks here for the base of its scheduler's class
+    # A pipeline that is loaded looks here for the base of its scheduler's class.
+    if name == "SchedulerMixin":
         from diffusers import SchedulerMixin
 
         return SchedulerMixin
@@ -61,4 +67,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_SCHEDULERS])
+    return sorted([*__all__, *_EDITING, *_SCHEDULERS])

@@ -329,7 +329,8 @@ _FAMILIES = {
 
 
 def _family_of(network: object) -> _Family:
-    for cls in type(network).__mro__:
+    inner = getattr(network, "_orig_mod", network)  # of what torch.compile returns
+    for cls in type(inner).__mro__:
         if cls.__name__ in _FAMILIES and cls.__module__.startswith("diffusers."):
             return _FAMILIES[cls.__name__]
     raise TypeError(

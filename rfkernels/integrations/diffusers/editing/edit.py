@@ -68,10 +68,10 @@ def edit(
     training, by the network, autoencoder, text encoders and time grid of a pipeline.
 
     Served are FluxPipeline, StableDiffusion3Pipeline, their Img2Img and Inpaint relatives,
-    Flux2Pipeline, Flux2KleinPipeline, WanPipeline and WanVideoToVideoPipeline. The pipeline is left as it was, and its
-    models are offloaded where it offloads them; autoencoder, text encoders and network run in their own
-    dtypes, the state is float32. The picture is encoded as the mean of the autoencoder's distribution,
-    so that nothing is drawn there.
+    Flux2Pipeline, Flux2KleinPipeline, WanPipeline and WanVideoToVideoPipeline. The pipeline is left
+    as it was, and its models are offloaded where it offloads them. All models run in their own dtypes;
+    the state is float32. The picture is encoded as the mean of the autoencoder's distribution, so that
+    nothing is drawn there.
 
     Args:
         pipe: the pipeline.
@@ -89,12 +89,22 @@ def edit(
             its options, such as ``FlowEdit(n_max=20)``; see ``rfkernels.editing.edit``.
         steps: of the pipeline's time grid; None for those that the method was published with.
         source_guidance_scale, target_guidance_scale: FLUX.1-dev and FLUX.2 are told them, each side
-            its own, at one evaluation; Stable Diffusion 3, Wan and networks without an embedding of
-            the scale are guided by it classifier-free, at two, where it is not 1. None for the
-            published values: FlowEdit has 1.5 and 5.5 in 28 steps if told, else 3.5 and 13.5 in 50
-            (those of Stable Diffusion 3, also for Wan), of which 33 are taken; RF-Inversion 0 (if told,
-            else 1) and 3.5 in 28; UniEdit 1 and 1 in 15; RF-Edit 1 and 2 in 30, FireFlow 1 and 2
-            in 8. FLUX networks without an embedding, such as schnell and klein, have 1 and 1.
+            its own, at one evaluation. Stable Diffusion 3, Wan and networks without an embedding of
+            the scale are guided by them classifier-free, at two evaluations where it is not 1. None
+            for those that the method was published with:
+
+            ==============  ===================================  ===================================
+            method          steps and scales that FLUX is told   steps and scales of SD3 and Wan
+            ==============  ===================================  ===================================
+            flowedit        28 (24 taken): 1.5 and 5.5           50 (33 taken): 3.5 and 13.5
+            rf-inversion    28: 0 and 3.5                        28: 1 and 3.5
+            uniedit         15: 1 and 1                          15: 1 and 1
+            rf-edit         30: 1 and 2                          30: 1 and 2
+            fireflow        8: 1 and 2                           8: 1 and 2
+            ==============  ===================================  ===================================
+
+            FLUX networks without an embedding, such as schnell and klein, have 1 and 1. Of other
+            models than FLUX.1-dev, only FlowEdit's of Stable Diffusion 3 are published.
         negative_prompt: of classifier-free guidance; None for the empty prompt.
         embedded_guidance: for networks that are told a scale: what they are told on both sides, in
             which case the two scales are classifier-free (1 and 1 if None).

@@ -42,6 +42,7 @@ class PipelineVelocity(nn.Module):
 def exchanging(networks: Sequence[nn.Module], layers: str | None) -> Iterator[None]:
     """Within it, attention layers of the networks exchange features; see `allow_exchange`. Afterwards
     every layer has the class that it had before."""
+    networks = [getattr(network, "_orig_mod", network) for network in networks]  # if compiled
     classes = [(module, type(module)) for network in networks for module in network.modules()]
     try:
         for network in networks:

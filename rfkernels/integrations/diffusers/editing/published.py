@@ -25,9 +25,9 @@ class Published:
 _PUBLISHED: dict[str, dict[str, Published]] = {
     # Kulikov et al. 2025, of FLUX.1-dev and of Stable Diffusion 3.
     "flowedit": {EMBEDDED: Published(28, 1.5, 5.5), CFG: Published(50, 3.5, 13.5)},
-    # Rout et al. 2024, of FLUX.1-dev.
+    # Rout et al. 2024, of FLUX.1-dev, with an empty source prompt.
     "rf-inversion": {EMBEDDED: Published(28, 0.0, 3.5), CFG: Published(28, 1.0, 3.5)},
-    # Jiao et al. 2025, of both.
+    # Jiao et al. 2025.
     "uniedit": {EMBEDDED: Published(15, 1.0, 1.0), CFG: Published(15, 1.0, 1.0)},
     # Wang et al. 2024 and Deng et al. 2024, of FLUX.1-dev.
     "rf-edit": {EMBEDDED: Published(30, 1.0, 2.0), CFG: Published(30, 1.0, 2.0)},
