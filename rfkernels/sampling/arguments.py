@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rfkernels._dispatch import transforms_active
+from rfkernels.ops._checks import FLOATS
 from rfkernels.sampling.field import Field
 from rfkernels.sampling.grids import check_times, get_grid
 from rfkernels.sampling.guidance import ClassifierFree, Guidance
@@ -23,14 +25,13 @@ from rfkernels.sampling.solvers import get_solver
 
 CUDAGRAPH = "cudagraph"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_samples(caller: str, name: str, x: object) -> None:
     """A floating point tensor with a batch dimension."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor; got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(
             f"{caller}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}"
         )
@@ -189,9 +190,10 @@ def requires_grad(*values: Any) -> bool:
 
 
 def _number(caller: str, name: str, value: object) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{caller}: {name} must be a number; got {type(value).__name__}")
-    return float(value)
+    if not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # arrays of several
+            return float(value)
+    raise TypeError(f"{caller}: {name} must be a number; got {type(value).__name__}")
 
 
 def _conditions(caller: str, name: str, value: object) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ class DDIMGrid:
 
     Of n indices out of K, index i is round(K - i K / n) - 1: "trailing" spacing, which begins at
     the last index, as few steps need it (Lin et al. 2024). The first time is that of the last
-    index, which is above 0, so ``t_start`` and ``t_end`` have no say.
+    index, which is above 0; ``t_start`` and ``t_end`` must be left out.
 
     Args:
         schedule: a name or object of ``rfkernels.flow``.
@@ -62,6 +62,10 @@ class DDIMGrid:
         """The ``steps + 1`` times."""
         if steps is None:
             raise ValueError("DDIMGrid: steps must be given; got None")
+        if (t_start, t_end) != (0.0, 1.0):
+            raise ValueError(
+                f"DDIMGrid: t_start and t_end must be left out; got {t_start} and {t_end}"
+            )
         table = self.schedule.linear_times
         last = 1.0 if self.end == "data" else float(table[0])
         return [*(float(table[k]) for k in self.indices(steps)), last]

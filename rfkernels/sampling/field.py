@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rfkernels.ops._checks import FLOATS
 from rfkernels.ops.ode_step import MAX_TERMS, euler_step, linear_step, taylor_step
 from rfkernels.sampling.guidance import Guidance, Part
 from rfkernels.sampling.nested import map_leaves
@@ -351,8 +352,11 @@ def check_answer(value: object, x: Tensor, read: torch.dtype) -> None:
         raise ValueError(
             f"velocity: must return a tensor on the device of x, {x.device}; got {value.device}"
         )
-    if not value.is_floating_point():
-        raise TypeError(f"velocity: must return a floating point tensor; got {value.dtype}")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            "velocity: must return a floating point tensor, of float32, float64, bfloat16 or "
+            f"float16; got {value.dtype}"
+        )
     if value.dtype == torch.float64 and x.dtype != torch.float64:
         raise TypeError(
             f"velocity: may return float64 only if x is float64; got {value.dtype} for x in {read} "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfkernels.sampling.grids import get_grid
 from rfkernels.sampling.run import Solver
 from rfkernels.sampling.sample import invert, sample
 from rfkernels.sampling.solvers import get_solver
@@ -65,9 +66,12 @@ def reconstruct(
         raise ValueError(
             f"reconstruct: sample_solver must be deterministic; got {back.name!r}, which draws noise"
         )
+    if options.get("grid") is not None:
+        options["grid"] = get_grid(options["grid"])  # which an iterator would give only once
     there = invert(velocity, x1, solver=solver, return_info=True, **options)
     again = sample(velocity, there.x, solver=back, return_info=True, **options)
-    difference = (again.x - x1).flatten(1) if x1.ndim > 1 else (again.x - x1)[:, None]
     wide = torch.float64 if x1.dtype == torch.float64 else torch.float32
-    error = difference.to(wide).square().mean(1).sqrt()
+    difference = again.x.to(wide) - x1.to(wide)
+    difference = difference.flatten(1) if x1.ndim > 1 else difference[:, None]
+    error = difference.square().mean(1).sqrt()
     return Reconstruction(again.x, there.x, error, there.nfe + again.nfe)

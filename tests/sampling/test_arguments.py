@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from sampling_cases import Counting
@@ -40,6 +41,8 @@ REFUSED = [
     ({"t_end": 1.1}, ValueError, "t_end <= 1"),
     ({"t_end": math.nan}, ValueError, "t_end <= 1"),
     ({"t_end": "1"}, TypeError, "t_end must be a number"),
+    ({"t_start": torch.zeros(5)}, TypeError, "t_start must be a number; got Tensor"),
+    ({"guidance_scale": np.ones(5), "uncondition": {}}, TypeError, "be a number; got ndarray"),
     ({"guidance_scale": 2.0}, ValueError, "uncondition must be given with guidance_scale"),
     ({"guidance_scale": True, "uncondition": {}}, TypeError, "guidance_scale must be a number"),
     ({"guidance_scale": "7", "uncondition": {}}, TypeError, "guidance_scale must be a number"),

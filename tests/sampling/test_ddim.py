@@ -138,6 +138,8 @@ def test_times_and_errors():
         (lambda: ddim(model, noise, steps=10, end="first-index"), r"steps must be in \[1, 9\]"),
         (lambda: ddim(lambda x, t: x, noise, steps=2), "schedule must be given for a function"),
         (lambda: grid.times(None, 0.0, 1.0), "steps must be given"),
+        (lambda: grid.times(4, 0.0, 0.5), "must be left out; got 0.0 and 0.5"),
+        (lambda: ddim(model, noise, steps=4, t_start=0.3), "must be left out; got 0.3 and 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -188,6 +188,14 @@ def test_reconstruct_reports_both_ways(truths, noise):
     assert adaptive.nfe.shape == (48,)
     assert adaptive.error.max() < 1e-6
     torch.testing.assert_close(adaptive.x0, noise, rtol=0, atol=1e-6)
+    times = [0.0, 0.3, 0.6, 1.0]
+    listed = reconstruct(RING, truths[WHOLE], grid=times)
+    once = reconstruct(RING, truths[WHOLE], grid=iter(times))
+    assert torch.equal(listed.x, once.x)
+    # Differences of low-precision data are not rounded to their precision.
+    low = reconstruct(RING, truths[WHOLE].bfloat16(), steps=4)
+    exact = (low.x.double() - truths[WHOLE].bfloat16().double()).square().mean(1).sqrt()
+    torch.testing.assert_close(low.error.double(), exact, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="sample_solver must be deterministic; got 'renoise'"):
         reconstruct(RING, noise, steps=2, sample_solver="renoise")
     with pytest.raises(TypeError, match="reconstruct: seed must be left out; got 3"):
