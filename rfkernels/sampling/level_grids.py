@@ -130,7 +130,7 @@ class KarrasGrid:
 
         def level(fraction: float, first: float, last: float) -> float:
             a, b = first ** (1 / self.rho), last ** (1 / self.rho)
-            return (a + fraction * (b - a)) ** self.rho
+            return ((1 - fraction) * a + fraction * b) ** self.rho
 
         return _down_to("KarrasGrid", steps, t_start, t_end, self.smallest, level)
 

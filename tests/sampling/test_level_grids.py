@@ -7,11 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rfkernels as rf
 from rfkernels.flow.closed_form import GaussianMixtureFlow
+from rfkernels.flow.times import inverse_time_shift
 from rfkernels.sampling import (
     BetaGrid,
+    CustomGrid,
     ExponentialGrid,
     KarrasGrid,
     OptimisedGrid,
@@ -51,6 +55,86 @@ def test_ends_number_and_order(grid, steps, ends):
     assert len(times) == steps + 1
     assert (times[0], times[-1]) == ends
     assert all(a < b for a, b in pairwise(times))
+
+
+# Closer to 1 than that, levels are 1 - t with few digits left.
+ENDS = st.tuples(
+    st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9]), st.just(1.0) | st.floats(0.05, 0.999)
+).filter(lambda ends: ends[1] - ends[0] > 1e-3)
+WHOLE = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+
+
+def checked(grid, steps, ends):
+    """The noise levels of the grid's times, whose number, ends and order are right."""
+    times = np.array(list(grid.times(steps, *ends)))
+    assert len(times) == steps + 1
+    assert (times[0], times[-1]) == ends
+    assert (np.diff(times) > 0).all()
+    assert ((times >= 0) & (times <= 1)).all()
+    return 1 - times
+
+
+def even(values, rel=1e-6):
+    """Whether the values' differences are equal."""
+    steps = np.diff(values)
+    np.testing.assert_allclose(steps, steps.mean(), rtol=rel, atol=1e-9)
+
+
+@WHOLE
+@given(steps=st.integers(1, 200), rho=st.floats(0.1, 20), ends=ENDS)
+def test_roots_of_karras_levels_are_even(steps, rho, ends):
+    levels = checked(KarrasGrid(rho), steps, ends)
+    # Where the run ends at the data, the last step is the rest.
+    inner = levels if ends[1] < 1 else levels[:-1]
+    even(inner ** (1 / rho), 1e-3 if rho < 0.5 else 1e-6)
+    if ends[1] == 1 and steps > 1:
+        assert inner[-1] == pytest.approx(1e-3, rel=1e-9)
+
+
+@WHOLE
+@given(steps=st.integers(1, 200), smallest=st.floats(1e-6, 0.04), ends=ENDS)
+def test_logarithms_of_exponential_levels_are_even(steps, smallest, ends):
+    levels = checked(ExponentialGrid(smallest), steps, ends)
+    even(np.log(levels if ends[1] < 1 else levels[:-1]))
+
+
+@WHOLE
+@given(steps=st.integers(1, 60), alpha=st.floats(0.4, 3), beta=st.floats(0.4, 3), ends=ENDS)
+def test_quantiles_of_beta_times_are_even(steps, alpha, beta, ends):
+    from scipy import stats
+
+    levels = checked(BetaGrid(alpha, beta), steps, ends)
+    share = np.clip((1 - levels - ends[0]) / (ends[1] - ends[0]), 0, 1)
+    even(stats.beta.cdf(share, alpha, beta), 1e-3)
+
+
+@WHOLE
+@given(steps=st.integers(1, 200), shift=st.floats(0.02, 50), ends=ENDS)
+def test_shifting_back_is_even(steps, shift, ends):
+    times = 1 - checked(ShiftedGrid(shift), steps, ends)
+    even(np.array([inverse_time_shift(t, shift) for t in times]))
+    again = CustomGrid(tuple(times)).times(None, 0.0, 1.0)
+    np.testing.assert_array_equal(again, times)  # a grid as a list is the same grid
+
+
+@WHOLE
+@given(
+    steps=st.integers(2, 100),
+    terminal=st.floats(0.01, 0.4),
+    start=st.floats(0.0, 0.5),
+    inner=st.sampled_from([None, 3.0, "karras", [0.0, 0.3, 0.7, 1.0]]),
+)
+def test_stretching_keeps_proportions(steps, terminal, start, inner):
+    if isinstance(inner, list):
+        steps, start = None, 0.0
+    ends = (start, 1.0)
+    plain = np.array(list(get_grid(inner).times(steps, *ends)))
+    levels = checked(StretchedGrid(inner, terminal), len(plain) - 1, ends)
+    assert levels[-2] == pytest.approx(terminal, abs=1e-12)
+    share = (1 - levels[:-1] - start) / (1 - terminal - start)
+    np.testing.assert_allclose(
+        share, (plain[:-1] - start) / (plain[-2] - start), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
