@@ -112,7 +112,8 @@ def edit(
         layers: a regular expression that is searched in the names of the transformer's attention
             layers, whose order ``features.blocks`` counts. None for those that were published, the last
             18 of FLUX.1's 38 single-stream blocks with "rf-edit", where features names no blocks;
-            else for all but cross-attention.
+            else for all but cross-attention. Where a pipeline has two networks, those of the second
+            come after those of the first.
         height, width: pixels; None for those of image, rounded down to what the pipeline can do. The
             processor resizes.
         max_sequence_length: tokens of the prompts; None for the pipeline's default.
