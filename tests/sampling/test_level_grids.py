@@ -76,8 +76,9 @@ def checked(grid, steps, ends):
 
 def even(values, rel=1e-6):
     """Whether the values' differences are equal."""
-    steps = np.diff(values)
-    np.testing.assert_allclose(steps, steps.mean(), rtol=rel, atol=1e-9)
+    if len(values) > 2:
+        steps = np.diff(values)
+        np.testing.assert_allclose(steps, steps.mean(), rtol=rel, atol=1e-9)
 
 
 @WHOLE
