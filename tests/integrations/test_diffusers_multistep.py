@@ -123,6 +123,24 @@ def test_options_of_the_multistep_solvers():
         assert (ends[0] - ends[1]).abs().max() < 1e-5
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("of_state", DTYPES)
+@pytest.mark.parametrize("of_output", DTYPES)
+def test_dtypes_are_theirs(of_state, of_output):
+    """UniPC's states keep the first one's dtype, DPM-Solver++'s have the wider of the two, as each does in diffusers."""
+    for other in (UniPCMultistepScheduler, DPMSolverMultistepScheduler):
+        theirs, dtypes = other(**FLOW), []
+        for scheduler in (theirs, rfd.RFMultistepScheduler.from_config(theirs.config)):
+            scheduler.set_timesteps(3)
+            x = torch.ones(1, 2, 3, 3, dtype=of_state)
+            for t in scheduler.timesteps:
+                x = scheduler.step(x.to(of_output), t, x).prev_sample
+                dtypes.append(x.dtype)
+        assert dtypes[:3] == dtypes[3:]
+
+
 def test_given_sigmas_with_the_grid_of_unipc():
     theirs = UniPCMultistepScheduler(**FLOW, flow_shift=3.0)
     ours = rfd.RFEulerScheduler.from_config(theirs.config)

@@ -206,7 +206,10 @@ class RFMultistepScheduler(FlowScheduler):
         for (i, state, old), weight in zip(past, weights[1:], strict=False):
             tensors += [state, old]
             coefficients += [weight, -levels[i] * weight]
-        return updates.linear(sample, tensors, coefficients, of_state, dtype=sample.dtype)
+        dtype = sample.dtype
+        if config["algorithm"] == DPM:  # whose result is of the data estimate's dtype
+            dtype = torch.promote_types(dtype, output.dtype)
+        return updates.linear(sample, tensors, coefficients, of_state, dtype=dtype)
 
     def _step_order(self, index: int) -> int:
         """As many outputs as there are, fewer at the end where the config says so."""
