@@ -15,6 +15,7 @@ for name in ("diffusers", "transformers"):
 import torch
 from rfkernels import integrations
 from rfkernels.integrations import comfyui, diffusers, k_diffusion, sageattention, transformers
+assert "torch._dynamo" not in sys.modules, "the imports alone take a second for Dynamo"
 q = torch.randn(1, 1, 4, 8)
 with integrations.sdpa():
     torch.nn.functional.scaled_dot_product_attention(q, q, q)

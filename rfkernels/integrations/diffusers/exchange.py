@@ -54,12 +54,14 @@ class _ExchangeMode(TorchFunctionMode):
 @functools.cache
 def _exchanging_class(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of the same name that looks at `exchange` first."""
+    # torch.compile does not trace such modes. Here and not where it is defined: this loads Dynamo.
+    exchanged = torch.compiler.disable(_exchanged)
 
     # Not in `forward`, which hooks of accelerate and diffusers replace in single layers.
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.exchange is None:
             return cls.__call__(self, *args, **kwargs)
-        return _exchanged(cls, self, args, kwargs)
+        return exchanged(cls, self, args, kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__dict__
@@ -73,7 +75,6 @@ def _exchanging_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body)
 
 
-@torch.compiler.disable  # torch.compile does not trace such modes
 def _exchanged(
     cls: type[nn.Module], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
