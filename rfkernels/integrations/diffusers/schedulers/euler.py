@@ -100,18 +100,24 @@ class RFEulerScheduler(FlowScheduler):
                 f"got {tuple(times.shape)} for {tuple(sample.shape)}"
             )
         # All on the device; the levels number some dozens, so the table of comparisons is small.
-        level = times / self._options["num_train_timesteps"]
+        config = self._options
+        level = times / config["num_train_timesteps"]
         levels = self.sigmas.to(level.device)[:, None, None]
         after = ((levels < level[None] - _BELOW) * levels).amax(dim=0)
+        noise = self._noise(sample, generator) if config["stochastic_sampling"] else None
+        if config["bit_exact"]:
+            level, after = level[..., None], after[..., None]
+            if noise is None:
+                return sample.float() + (level - after) * output
+            return (1.0 - after) * (sample.float() - level * output) + after * noise
         level, after = (t.expand(sample.shape[:2]).reshape(-1) for t in (level, after))
         dtype = torch.promote_types(output.dtype, torch.float32)
         rows, outputs = sample.flatten(0, 1).to(dtype), output.flatten(0, 1)
-        if self._options["stochastic_sampling"]:
-            noise = self._noise(sample, generator).flatten(0, 1)
-            kept = 1.0 - after
-            state = updates.linear(
-                rows, (outputs, noise), (-kept * level, after), kept, dtype=dtype
-            )
-        else:
+        if noise is None:
             state = updates.linear(rows, (outputs,), (level - after,), dtype=dtype)
+        else:
+            kept, noises = 1.0 - after, noise.flatten(0, 1)
+            state = updates.linear(
+                rows, (outputs, noises), (-kept * level, after), kept, dtype=dtype
+            )
         return state.view(sample.shape)
