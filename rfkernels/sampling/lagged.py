@@ -27,13 +27,15 @@ __all__ = ["FireFlow", "UniInv"]
 class _Lagged:
     adaptive: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    evaluations: ClassVar[int] = 2
+    tensors: ClassVar[int] = 0
     per_step: ClassVar[int] = 1
     besides: ClassVar[int] = 1
     theta: ClassVar[float]
 
     def integrate(self, field: Field, x0: Tensor, run: Run) -> Solution:
         """Walk ``run.times`` from x0; see :class:`rfkernels.sampling.run.Solver`."""
-        field.reserve(2)
+        field.reserve(self.evaluations)
         theta, times, count = self.theta, run.times, len(run.times) - 1
         state = field.start(x0)
         kept = [x0]
