@@ -1,6 +1,7 @@
 """Samplers with noise: their distributions against closed forms, and where the noise comes from."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,17 +33,14 @@ def noise():
     return rf.randn(COUNT, 1, seed=1)
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
-        Ancestral(),
-        Ancestral(eta=0.5),
-        SDE(),
-        SDE(scale=1.5, diffusion="constant"),
-        SDE(diffusion=lambda t: math.sqrt(2 * t * (1 - t))),
-    ],
-    ids=["ancestral", "ancestral 0.5", "sde", "sde constant", "sde of a function"],
-)
+SOLVERS = [
+    *(Ancestral(), Ancestral(eta=0.5), SDE(), SDE(scale=1.5, diffusion="constant")),
+    SDE(diffusion=lambda t: math.sqrt(2 * t * (1 - t))),
+]
+NAMES = ["ancestral", "ancestral 0.5", "sde", "sde constant", "sde of a function"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
 def test_the_flows_distribution_is_kept(solver, noise):
     x = sample(TARGET, noise, steps=400, solver=solver, seed=5)
     assert max(map(abs, moments(x))) < 5
@@ -53,6 +51,74 @@ def test_the_flows_distribution_is_kept(solver, noise):
     spread = math.sqrt(0.5**2 + (0.5 * STD) ** 2)
     assert abs(float(middle.mean()) - 0.5 * MEAN) < 5 * spread / math.sqrt(COUNT)
     assert abs(float(middle.var()) - spread**2) < 5 * spread**2 * math.sqrt(2 / COUNT)
+
+
+def variance(t):
+    """Of the exact flow at t, whose mean is t MEAN."""
+    return (1 - t) ** 2 + (t * STD) ** 2
+
+
+def after_the_steps(solver, times):
+    """(mean, variance) that the solver's own steps make of the exact ones at the start: its velocity is
+    linear in x, so they follow in closed form."""
+    mean, square = times[0] * MEAN, variance(times[0])
+    for start, end in pairwise(times):
+        of_state, weight, spread = solver.coefficients(start, end)
+        gain = (start * STD**2 - (1 - start)) / variance(start)
+        mean = of_state * mean + weight * (MEAN + gain * (mean - start * MEAN))
+        square = (of_state + weight * gain) ** 2 * square + spread**2
+    return mean, square
+
+
+def evenly(start, end, steps):
+    return [start + (end - start) * i / steps for i in range(steps)] + [end]
+
+
+PARTS = [(0.0, 1.0), (0.3, 0.8), (0.0, 0.6), (0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("start", "end"), PARTS)
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+def test_the_bias_of_the_variance_is_of_first_order(solver, start, end):
+    """From any time to any time, without a draw; the mean has none."""
+    errors = []
+    for steps in (200, 400, 800):
+        mean, square = after_the_steps(solver, evenly(start, end, steps))
+        assert mean == pytest.approx(end * MEAN, abs=1e-12)
+        errors.append(square - variance(end))
+    assert abs(errors[0]) < 0.02
+    for before, after in pairwise(errors):
+        assert before / after == pytest.approx(2, rel=0.08)
+
+
+@pytest.mark.parametrize(("start", "end"), PARTS)
+@pytest.mark.parametrize("solver", [*SOLVERS, Renoise()], ids=[*NAMES, "renoise"])
+def test_few_steps_have_the_moments_that_follow_from_them(solver, start, end, noise):
+    """Of a run from a noised state: no more noise than the formula, and no less."""
+    x = start * MEAN + math.sqrt(variance(start)) * noise
+    options = {"steps": 6, "t_start": start, "t_end": end}
+    found = sample(TARGET, x, solver=solver, seed=5, **options).double()
+    mean, square = after_the_steps(solver, evenly(start, end, 6))
+    assert abs(float(found.mean()) - mean) < 5 * math.sqrt(square / COUNT)
+    assert abs(float(found.var()) - square) < 5 * square * math.sqrt(2 / COUNT)
+
+
+def test_noise_is_independent_between_steps_and_samples():
+    """Drawn back from the states of a run: of 400 samples and 30 steps, 64 numbers each."""
+    x0 = torch.zeros(400, 64, dtype=torch.float64)
+    for seed in (3, torch.arange(400)):
+        info = sample(lambda x, t: 0 * x, x0, steps=30, solver="sde", seed=seed, return_info=True)
+        draws = []
+        for (start, end), before, after in zip(
+            pairwise(info.times.tolist()), info.trajectory, info.trajectory[1:], strict=False
+        ):
+            of_state, _, spread = SDE().coefficients(start, end)
+            draws.append((after - of_state * before) / spread)
+        z = torch.stack(draws)  # (steps, samples, numbers)
+        assert z.mean().abs() < 5 / math.sqrt(z.numel())
+        assert abs(z.var() - 1) < 5 * math.sqrt(2 / z.numel())
+        for one, other in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1]), (z[:, :, 1:], z[:, :, :-1])):
+            assert (one * other).mean().abs() < 5 / math.sqrt(one.numel())
 
 
 def test_two_modes_keep_their_weights(noise):
@@ -112,6 +178,10 @@ def test_the_step_is_its_formula_and_its_noise_randn():
         first = rf.randn(6, 4, seed=seeds, offset=offsets, dtype=torch.float64)
         theirs = sample(velocity, x0, grid=[t, end], solver="ancestral", seed=7)
         torch.testing.assert_close(theirs, moved + spread * first, rtol=0, atol=1e-12)
+        # and of renoise, on the data estimate
+        estimate = x0 + (1 - t) * velocity(x0, torch.full((6,), t).double())
+        again = sample(velocity, x0, grid=[t, end], solver="renoise", seed=7)
+        torch.testing.assert_close(again, end * estimate + (1 - end) * first, rtol=0, atol=1e-12)
     ours = sample(velocity, x0, grid=[0, h, 2 * h, 3 * h], solver="sde", seed=7)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-12)
     # The noise is not that of the same seed's x0.
