@@ -10,6 +10,8 @@ pytest.importorskip(
 )
 
 import diffusers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfkernels.integrations import diffusers as rfd
@@ -45,6 +47,43 @@ def test_layouts():
         apart = rfd.RFMidpointScheduler(count)
         apart.set_timesteps(sigmas=[1.0, 0.5], timesteps=[0.9 * count, 0.1 * count])
         assert apart.timesteps.tolist() == pytest.approx([c * count for c in (0.9, 0.5, 0.1, 0.05)])
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.integers(2, 60),
+    count=st.sampled_from([100, 1000, 5000]),
+    shift=st.floats(0.2, 12.0),
+    mu=st.floats(0.2, 2.0),
+    grid=st.sampled_from(["flow-match", "unipc", "dpm++"]),
+    options=st.sets(
+        st.sampled_from(
+            ["use_dynamic_shifting", "single_shift", "invert_sigmas", "use_beta_sigmas"]
+        )
+    ),
+    terminal=st.sampled_from([None, 0.05]),
+)
+def test_schedules_run_one_way(name, steps, count, shift, mu, grid, options, terminal):
+    if grid != "flow-match":
+        options -= {"invert_sigmas", "use_beta_sigmas"}
+    scheduler = cls_of(name)(
+        count,
+        shift,
+        grid=grid,
+        shift_terminal=terminal if grid != "dpm++" else None,
+        **dict.fromkeys(options, True),
+    )
+    scheduler.set_timesteps(steps, mu=mu)
+    levels, times = scheduler.sigmas.double(), scheduler.timesteps.double()
+    if "invert_sigmas" in options:
+        levels, times = 1 - levels, count - times
+    calls = {"Heun": 2 * steps - 1, "Midpoint": 2 * steps, "FireFlow": steps + 1}.get(name, steps)
+    assert (len(times), len(levels)) == (calls, calls + 1)
+    assert (levels.diff() <= 0).all()
+    assert levels[0] == pytest.approx(1 - 1 / count if grid == "dpm++" else 1, abs=5 / count)
+    assert levels[-1] == 0
+    assert (times - count * levels[:-1]).abs().max() < 1e-5 * count
 
 
 @pytest.mark.parametrize("name", ["Heun", "Midpoint", "FireFlow", "Multistep"])
