@@ -265,6 +265,40 @@ def test_curved_euler_is_exact_for_constant_estimates(path, steps, noise):
         torch.testing.assert_close(back, start, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("path", ["trigonometric", "sub-vp", "vp"])
+def test_curved_euler_is_ddim_and_of_first_order_on_curved_paths(path, noise):
+    """From N(0, 1) to N(m, c^2) on alpha x1 + sigma x0, where every state is its mean plus a scaled start."""
+    from rfkernels.flow import get_path
+
+    mean, std, found = 2.0, 0.5, get_path(path)
+
+    def moments(t):
+        alpha, sigma, dalpha, dsigma = found.coefficients(torch.as_tensor(t, dtype=torch.float64))
+        return alpha, sigma, dalpha, dsigma, alpha**2 * std**2 + sigma**2
+
+    def velocity(x, t):
+        alpha, sigma, dalpha, dsigma, variance = (c[:, None] for c in moments(t))
+        gain = (alpha * dalpha * std**2 + sigma * dsigma) / variance
+        return dalpha * mean + gain * (x - alpha * mean)
+
+    (first, *_, before), (last, *_, after) = moments(0.0), moments(0.9)
+    exact = last * mean + (after / before).sqrt() * (noise - first * mean)
+    options = {"solver": CurvedEuler(path), "t_end": 0.9}
+    errors = [rms(sample(velocity, noise, steps=n, **options), exact) for n in (64, 128)]
+    assert slope(errors) == pytest.approx(1, abs=0.05)
+    # Both estimates solved for at each state, and put together again at the next level.
+    x, times = noise, [0.0, 0.3, 0.7, 0.9]
+    for start, end in pairwise(times):
+        alpha, sigma, dalpha, dsigma, _ = moments(start)
+        v = velocity(x, torch.full((len(x),), start, dtype=torch.float64))
+        system = torch.stack([torch.stack([alpha, sigma]), torch.stack([dalpha, dsigma])])
+        pair = torch.linalg.solve(system, torch.stack([x, v]).reshape(2, -1))
+        data, source = pair.reshape(2, *x.shape)
+        x = moments(end)[0] * data + moments(end)[1] * source
+    ours = sample(velocity, noise, grid=times, solver=CurvedEuler(path))
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
+
+
 REFUSED = [
     (lambda: Taylor(look_ahead=0.1, order=3), "look_ahead is for order=2"),
     (lambda: Taylor(look_ahead=-0.1), r"look_ahead must be in \(0, 1\]"),
