@@ -11,6 +11,7 @@ changes them. Pass the same velocity object every time: a bound method is a new 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from rfkernels.sampling.run import Run, Solution, Solver
 __all__ = ["forget_graphs", "replayed"]
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Hashable, _Captured]] = weakref.WeakKeyDictionary()
+# A graph has one memory: threads take turns to fill it, replay and copy what came out.
+_turn = threading.RLock()
 
 
 @dataclass
@@ -33,6 +36,7 @@ class _Captured:
     graph: Any
     inputs: list[Tensor]
     solution: Solution
+    done: Any = None  # of the last replay, for one that comes on another stream
 
 
 def replayed(caller: str, solver: Solver, field: Field, x0: Tensor, run: Run) -> Solution:
@@ -50,23 +54,20 @@ def replayed(caller: str, solver: Solver, field: Field, x0: Tensor, run: Run) ->
         getattr(field.velocity, "training", None),
     )
     key = (solver, run.times, run.keep_trajectory, tuple(map(_shape, inputs)), rebuilt.key, around)
-    graphs = _kept.setdefault(field.velocity, {})
-    if key not in graphs:
-        graphs[key] = _capture(solver, inputs, rebuilt.build)
-    captured = graphs[key]
-    for static, given in zip(captured.inputs, inputs, strict=True):
-        static.copy_(given)
-    captured.graph.replay()
-    x, nfe, trajectory = captured.solution
-    return Solution(x.clone(), nfe, None if trajectory is None else trajectory.clone())
+    with _turn:
+        graphs = _kept.setdefault(field.velocity, {})
+        if key not in graphs:
+            graphs[key] = _capture(solver, inputs, rebuilt.build)
+        return _replay(graphs[key], inputs)
 
 
 def forget_graphs(velocity: Callable[..., Tensor] | None = None) -> None:
     """Free the graphs of one velocity, or all, with their memory."""
-    if velocity is None:
-        _kept.clear()
-    else:
-        _kept.pop(velocity, None)
+    with _turn:
+        if velocity is None:
+            _kept.clear()
+        else:
+            _kept.pop(velocity, None)
 
 
 def _refuse(caller: str, solver: Solver, x0: Tensor, run: Run) -> None:
@@ -156,6 +157,20 @@ def _capture(
     with torch.cuda.graph(graph):
         solution = solver.integrate(*build(static))
     return _Captured(graph, static, solution)
+
+
+def _replay(captured: _Captured, inputs: list[Tensor]) -> Solution:
+    """The solution for these inputs, in memory of its own."""
+    if captured.done is not None:
+        torch.cuda.current_stream().wait_event(captured.done)
+    for static, given in zip(captured.inputs, inputs, strict=True):
+        static.copy_(given)
+    captured.graph.replay()
+    x, nfe, trajectory = captured.solution
+    result = Solution(x.clone(), nfe, None if trajectory is None else trajectory.clone())
+    if x.is_cuda:
+        captured.done = torch.cuda.current_stream().record_event()
+    return result
 
 
 def _static(inputs: list[Tensor]) -> list[Tensor]:

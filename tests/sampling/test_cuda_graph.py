@@ -1,5 +1,8 @@
 """compile='cudagraph': with a CUDA device, and without one all but the capture."""
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -179,6 +182,30 @@ def test_what_changes_the_work_is_captured_anew(captured):
     assert torch.equal(run(condition={"flag": 1}), plain)
     assert len(captured) == 5
     forget_graphs(layers)
+
+
+def test_threads_take_turns_at_a_graphs_memory(captured):
+    def velocity(x, t):
+        time.sleep(1e-3)  # lets another thread in, in the middle of a replay
+        return -x
+
+    found = {}
+
+    def work(seed):
+        x0 = rf.randn(5, 3, seed=seed)
+        found[seed] = [sample(velocity, x0, steps=2, compile="cudagraph") for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, results in found.items():
+        expected = sample(velocity, rf.randn(5, 3, seed=seed), steps=2)
+        assert all(torch.equal(result, expected) for result in results)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert len(captured) == 1
+    forget_graphs(velocity)
 
 
 def test_what_cannot_be_captured():
