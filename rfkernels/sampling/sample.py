@@ -224,6 +224,8 @@ def _integrate(
             solution = replayed(caller, solver, field, x, run)
         else:
             solution = solver.integrate(field, x, run)
+        if callback is not None:  # which may have kept the last state
+            solution = solution._replace(x=solution.x.clone())
     if not return_info:
         return solution.x
     grid_times = torch.tensor(times, dtype=field.state_dtype, device=x.device)

@@ -190,6 +190,8 @@ def test_the_callback_gets_step_time_and_state(x0):
         Counting(), x0, steps=4, callback=lambda *given: seen.append(given), return_info=True
     )
     assert [index for index, _, _ in seen] == [0, 1, 2, 3]
+    info.x.add_(0)  # counted as a write into what it shares memory with
+    assert all(x._version == 0 for _, _, x in seen)
     for index, t, x in seen:
         assert torch.equal(t, torch.full((5,), (index + 1) / 4))
         assert torch.equal(x, info.trajectory[index + 1])
