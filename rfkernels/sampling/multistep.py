@@ -8,8 +8,8 @@ coefficients of tensors, the newest first; whoever uses it sums them in one kern
 **DPM-Solver++ and UniPC** are exponential integrators in lambda = log((1 - s) / s) for the data
 estimate m = x + s v, v = dx/dt. With h = lambda_end - lambda_now their first order is
 x_end = (s_end / s) x + (1 - s_end / s) m, which is an Euler step, and differences of past m are added
-to it. Where a difference of lambda is infinite (a step to or from s = 0) or zero, the order that gets by
-without it is taken. At s = 1 lambda is minus infinity, and above 1 - 1e-6 that of 1 - 1e-6 is taken, as diffusers'
+to it. Where one is infinite (a step to or from s = 0) the first order is all there is; where one is zero,
+the order that gets by without it. At s = 1 lambda is minus infinity, and above 1 - 1e-6 that of 1 - 1e-6 is taken, as diffusers'
 UniPC does.
 
 Sources: Lu et al., "DPM-Solver++", 2022 (2M and 3M); Zhao et al., "UniPC", 2023 (B1 and B2, data
@@ -164,11 +164,13 @@ def _log_ratio(level: float) -> float:
 
 
 def _usable(levels: Sequence[float], order: int) -> list[float]:
-    """lambda of the end, the state and the past, up to where a difference is infinite or zero."""
+    """lambda of the end, the state and the past, up to where a difference is zero; none where one is
+    infinite."""
     found: list[float] = []
-    for level in levels[: order + 1]:
-        lam = _log_ratio(level)
-        if not math.isfinite(lam) or lam in found:
+    for lam in map(_log_ratio, levels[: order + 1]):
+        if math.isinf(lam):
+            return []
+        if lam in found:
             break
         found.append(lam)
     return found
