@@ -81,6 +81,21 @@ def test_configs_of_flow_schedulers_are_taken(name, other, tmp_path, caplog):
     assert not [r for r in caplog.records if "RF" in r.getMessage()]
 
 
+def test_every_way_to_load(tmp_path):
+    UniPCMultistepScheduler(**FLOW, flow_shift=5.0).save_pretrained(tmp_path / "scheduler")
+    cls = rfd.RFMidpointScheduler
+    for ours in (
+        cls.from_pretrained(tmp_path, subfolder="scheduler"),
+        cls.from_config(cls.load_config(tmp_path / "scheduler")),
+        cls.from_config(tmp_path / "scheduler"),
+        cls.from_config(pretrained_model_name_or_path=tmp_path / "scheduler"),
+        cls.from_pretrained(tmp_path, subfolder="scheduler", return_unused_kwargs=True)[0],
+    ):
+        assert (ours.config.grid, ours.shift) == ("unipc", 5.0)
+    for options in ({"shift": 2.0}, {"flow_shift": 2.0}):
+        assert cls.from_pretrained(tmp_path, subfolder="scheduler", **options).shift == 2.0
+
+
 def test_the_shift_by_either_name():
     wan = UniPCMultistepScheduler(**FLOW, flow_shift=5.0).config
     ours = rfd.RFMidpointScheduler.from_config(wan, flow_shift=8.0)

@@ -130,10 +130,18 @@ def test_fields_and_their_order():
     ours = list(inspect.signature(rfd.RFEulerScheduler.__init__).parameters.values())
     assert [p.name for p in theirs[1:]] == FIELDS
     assert [(p.name, p.default) for p in ours[1:15]] == [(p.name, p.default) for p in theirs[1:]]
-    for name in ("set_timesteps", "step", "scale_noise", "time_shift", "index_for_timestep"):
+    euler = (rfd.RFEulerScheduler, FlowMatchEulerDiscreteScheduler)
+    heun = (rfd.RFHeunScheduler, FlowMatchHeunDiscreteScheduler)
+    methods = [name for name, method in vars(euler[1]).items() if inspect.isfunction(method)]
+    called = [(*euler, name) for name in methods if name[0] != "_"] + [(*heun, "step")]
+    assert len(called) > 7
+    for *classes, name in called:
         ours, theirs = (
-            list(inspect.signature(getattr(cls, name)).parameters)
-            for cls in (rfd.RFEulerScheduler, FlowMatchEulerDiscreteScheduler)
+            [
+                (p.name, p.default, p.kind)
+                for p in inspect.signature(getattr(cls, name)).parameters.values()
+            ]
+            for cls in classes
         )
         assert ours == theirs
     assert rfd.RFEulerScheduler.order == 1

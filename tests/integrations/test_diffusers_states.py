@@ -74,6 +74,18 @@ def test_edits_in_inference_mode_count():
     assert ours[-1] == ours[-2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_levels_of_any_dtype(dtype):
+    def act(cls):
+        scheduler = cls(shift=3.0)
+        scheduler.set_timesteps(7)
+        scheduler.sigmas = scheduler.sigmas.to(dtype)
+        return walk(scheduler)
+
+    theirs, ours = beside(act)
+    assert ours == theirs
+
+
 ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "ab2", "dpm++", "unipc"]
 
 

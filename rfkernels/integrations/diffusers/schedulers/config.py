@@ -103,7 +103,7 @@ def adapted(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         config.pop(field, None)
     if origin == "multistep":
         return _multistep(name, config)
-    if config.get("scale_factors") is not None:
+    if config.get("scale_factors"):
         rule = "config.scale_factors must be None (levels of several sizes)"
         _refuse(name, rule, config["scale_factors"])
     return {**config, "grid": FLOW_MATCH}

@@ -40,6 +40,7 @@ class FlowConfig(FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: a config of a diffusion schedule, or with an option that has no counterpart here.
         """
+        config = kwargs.pop("pretrained_model_name_or_path", config)  # diffusers' old name
         if config is not None and not isinstance(config, Mapping):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         if config is not None:

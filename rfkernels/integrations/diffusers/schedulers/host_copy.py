@@ -67,15 +67,15 @@ class Levels(HostCopy):
         self._steps = None
 
     def steps(self) -> list[float] | torch.Tensor:
-        """Each level's difference to the next, rounded to float32.
+        """Each level's difference to the next, in the levels' dtype.
 
         A tensor while torch.compile traces, which can neither count changes nor have a graph for every index.
         """
         if is_dynamo_compiling():
-            return self.tensor.float().diff()
+            return self.tensor.diff()
         if self._steps is None or self._read_at != self.tensor._version:
-            values = self.values()
-            self._steps = np.diff(np.asarray(values, dtype=np.float32)).tolist()
+            self.values()
+            self._steps = self.tensor.diff().tolist()
         return self._steps
 
 
