@@ -6,7 +6,7 @@ import pytest
 import torch
 from sampling_cases import ALL, FIXED, JVP, Counting, exact
 
-from rfkernels.sampling import invert, sample
+from rfkernels.sampling import CFGZero, Interval, Projected, Rescaled, invert, sample
 
 # Raised inside torch the first time it differentiates forward.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
@@ -54,6 +54,57 @@ def test_times_are_fresh_for_each_call_of_an_adaptive_solver_too(x0):
             lambda x, t, shift=0.0: t[:, None, None] - x + shift, x0.double(), **options
         )
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("solver", [*ALL, "fireflow", "unipc", "sde"], ids=str)
+def test_autocast_is_for_the_network_alone(solver):
+    """Its answers are bfloat16, the state is not: small steps are not lost."""
+    layer = torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.weight.copy_(0.1 * torch.eye(3))
+    x0 = torch.linspace(1, 2, 12).reshape(4, 3)
+    options = {"steps": 200, "solver": solver, **({"seed": 1} if solver == "sde" else {})}
+    if solver == "dopri5":
+        options |= {"rtol": 1e-2, "atol": 1e-2}
+    expected = sample(lambda x, t: layer(x), x0, **options)
+    answers = set()
+
+    def network(x, t):
+        answers.add(layer(x).dtype)
+        return layer(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sample(network, x0, **options)
+    assert found.dtype == torch.float32
+    assert answers == {torch.bfloat16}
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "guidance",
+    [2.3, Interval(2.3, 0.2, 0.7), Rescaled(2.3), CFGZero(2.3), Projected(2.3, 0.2, 1.0)],
+    ids=repr,
+)
+@pytest.mark.parametrize("solver", [*ALL, "unipc", "sde"], ids=str)
+def test_the_default_dtype_does_not_matter(solver, guidance, default, x0):
+    def velocity(x, t, shift):
+        return (shift - x.sin()) * (1 + t[:, None, None])
+
+    options = {
+        "steps": 3, "solver": solver, "guidance_scale": guidance, "return_info": True,
+        "condition": {"shift": 1.0}, "uncondition": {"shift": 0.0},
+        **({"seed": 1} if solver == "sde" else {}),
+    }  # fmt: skip
+    for x in (x0, x0.double()):
+        expected = sample(velocity, x, **options)
+        torch.set_default_dtype(default)
+        try:
+            found = sample(velocity, x, **options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found.trajectory, expected.trajectory)
+        assert torch.equal(found.times, expected.times)
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "curved-euler", "sde", "unipc"])
