@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 from rfkernels.integrations import diffusers as rfd
 
+# diffusers' own DPM-Solver++ on NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def walk(scheduler, dtype=torch.float32):
     """The states of a run from 0 with outputs 1: the partial sums of the steps."""
@@ -117,6 +120,42 @@ def test_a_constant_field_leads_to_the_levels_there_are(name, levels, edit):
     states = walk(scheduler, torch.float64)
     levels = scheduler.sigmas.double()
     assert states == pytest.approx((levels[1:] - levels[0]).tolist(), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copies_within_a_run_go_on_alone(name, copied):
+    """Two runs take turns, one of them from a copy made after every call."""
+    grid = {"dpm++": "dpm++", "unipc": "unipc"}.get(name, "flow-match")
+    scheduler, x = made(name, shift=2.0, grid=grid), torch.linspace(-1, 1, 6).reshape(2, 3)
+    scheduler.set_timesteps(5)
+    alone = copy.deepcopy(scheduler)
+    state = other = expected = x
+    for t in scheduler.timesteps:
+        expected = alone.step(expected.cos(), t, expected).prev_sample
+        state = scheduler.step(state.cos(), t, state).prev_sample
+        branch, scheduler = scheduler, copied(scheduler)
+        if len(scheduler.timesteps) > scheduler.step_index:
+            other = branch.step(state.sin(), t, state).prev_sample  # of no effect on the copy
+    assert torch.equal(state, expected)
+    assert not torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("other", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_changed_state_is_gone_on_from(other):
+    """As inpainting and callbacks do it. diffusers' UniPC corrects from the state before and so loses the change."""
+    theirs = getattr(diffusers, other)(use_flow_sigmas=True, prediction_type="flow_prediction")
+    ours, change, results = rfd.RFMultistepScheduler.from_config(theirs.config), 0.5, []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(6)
+        x = torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2)
+        for i, t in enumerate(scheduler.timesteps[:4]):
+            x = scheduler.step(torch.cos(x + i), t, x + change * (i == 3)).prev_sample
+        results.append(x)
+    expected = results[0]
+    if other.startswith("UniPC"):
+        expected = expected + ours.sigmas[4] / ours.sigmas[3] * change
+    torch.testing.assert_close(results[1], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
