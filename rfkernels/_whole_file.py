@@ -1,5 +1,8 @@
-"""JSON files that are whole or absent, whoever else writes the same one: what can be made again, and is kept
-because that takes long (the index of a data set, the grid of a model)."""
+"""Files that are whole or absent, whoever else writes the same one: written beside their place, flushed, renamed into it.
+
+`read_json_kept` and `write_json_whole` are for what can be made again and is kept because that takes long: the index of
+a data set, the grid of a model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,26 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json_kept", "write_json_whole"]
+__all__ = ["read_json_kept", "write_json_whole", "write_whole"]
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Replaces a file atomically.
+
+    The temporary name is drawn: processes of many machines, which may share process numbers, build the same index at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json_kept(file: Path | None, key: str, value: Any) -> dict[str, Any] | None:
@@ -25,20 +47,9 @@ def read_json_kept(file: Path | None, key: str, value: Any) -> dict[str, Any] | 
 
 
 def write_json_whole(file: Path, value: Any) -> None:
-    """Replaces a JSON file atomically.
-
-    Unlike the run folder's writer it draws the temporary name: the processes of many machines, which
-    may share process numbers, build the same index at once.
+    """Replaces a JSON file atomically; a number that is not finite is refused.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            json.dump(value, stream, separators=(",", ":"), allow_nan=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(file, json.dumps(value, separators=(",", ":"), allow_nan=False).encode())

@@ -14,6 +14,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from rfkernels._whole_file import write_whole as write_bytes
+
 __all__ = [
     "check_file",
     "check_folder",
@@ -68,19 +70,6 @@ def fresh_folder(name: str) -> Path:
         number += 1
         folder = Path(f"{name}-{number}")
     return folder
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Replaces a file atomically."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

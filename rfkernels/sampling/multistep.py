@@ -9,8 +9,8 @@ coefficients of tensors, the newest first; whoever uses it sums them in one kern
 estimate m = x + s v, v = dx/dt. With h = lambda_end - lambda_now their first order is
 x_end = (s_end / s) x + (1 - s_end / s) m, which is an Euler step, and differences of past m are added
 to it. Where one is infinite (a step to or from s = 0) the first order is all there is; where one is zero,
-the order that gets by without it. At s = 1 lambda is minus infinity, and above 1 - 1e-6 that of 1 - 1e-6 is taken, as diffusers'
-UniPC does.
+the order that gets by without it. At s = 1 lambda is minus infinity, and above 1 - 1e-6 that of 1 - 1e-6 is taken, as
+diffusers' UniPC does.
 
 Sources: Lu et al., "DPM-Solver++", 2022 (2M and 3M); Zhao et al., "UniPC", 2023 (B1 and B2, data
 prediction).

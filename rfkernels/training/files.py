@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from rfkernels._whole_file import write_whole
+
 __all__ = [
     "plain_tensors",
     "read_json",
@@ -52,15 +54,7 @@ def _beside(file: Path) -> Path:
 
 def write_lines(file: Path, lines: Iterable[str]) -> None:
     """Replaces a text file atomically."""
-    temporary = _beside(file)
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(file, "".join(lines).encode())
     sync_folder(file.parent)
 
 
