@@ -231,6 +231,29 @@ def test_heun_with_noise_in_some_calls():
     assert inverted.step(x, inverted.timesteps[0], 0 * x, s_churn=2.0).prev_sample.isfinite().all()
 
 
+def test_the_default_device_is_not_asked():
+    """As set by torch.device("meta") or set_default_device("cuda"): schedules are made on the CPU all the same."""
+
+    def act(cls):
+        x = torch.ones(3, 2)
+        with torch.device("meta"):
+            scheduler = cls(shift=3.0)
+            noisy = scheduler.scale_noise(x, scheduler.timesteps[[3, 500, 999]], 2 * x)
+            scheduler.set_timesteps(4)
+            x = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+        return torch.cat([noisy, x]), scheduler.sigmas
+
+    theirs, ours = beside(act)
+    assert all(torch.equal(*both) for both in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_times_of_noise_on_another_device(count):
+    scheduler, x = rfd.RFEulerScheduler(), torch.ones(3, 2, device="meta")
+    noisy = scheduler.scale_noise(x, scheduler.timesteps[:count], x)
+    assert (noisy.device, noisy.shape) == (x.device, x.shape)
+
+
 def test_times_of_noise_in_any_shape():
     def act(cls):
         scheduler, x = cls(shift=3.0), torch.ones(3, 2, 2)

@@ -145,7 +145,7 @@ class FlowScheduler(FlowConfig):
                 f"{name}: stochastic_sampling must be False (RFEulerScheduler has it); got True"
             )
         count, shift = config["num_train_timesteps"], config["shift"]
-        levels = torch.arange(count, 0, -1, dtype=torch.float32) / count
+        levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
         if not config["use_dynamic_shifting"]:
             levels = shift * levels / (1 + (shift - 1) * levels)
         self._shift = shift

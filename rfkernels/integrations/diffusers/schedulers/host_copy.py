@@ -174,7 +174,11 @@ class TimeTable(HostCopy):
         if times.is_cpu:
             values = levels.values()
             found = [values[place] for place in self._places(times.tolist(), scale)]
-            return found[0] if len(found) == 1 else torch.tensor(found, dtype=torch.float32)
+            return (
+                found[0]
+                if len(found) == 1
+                else torch.tensor(found, dtype=torch.float32, device="cpu")
+            )
         distinct, level = self._device_table(times.device, levels)
         times = times.to(distinct.dtype)
         after = torch.searchsorted(distinct, times).clamp_(max=len(distinct) - 1)

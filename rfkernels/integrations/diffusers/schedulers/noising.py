@@ -25,6 +25,7 @@ def mixed(
         level = level.reshape(-1, *[1] * (sample.ndim - 1))
         return level * noise + (1.0 - level) * sample
     if isinstance(level, torch.Tensor):
+        level = level.to(sample.device)
         kept = 1 - (level.double() if dtype == torch.float64 else level)
     else:
         kept = 1 - level if dtype == torch.float64 else float(np.float32(1) - np.float32(level))

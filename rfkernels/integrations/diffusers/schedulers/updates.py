@@ -36,7 +36,7 @@ def euler_as_diffusers(sample: torch.Tensor, output: torch.Tensor, step: float) 
 
 def rounded(number: float, dtype: torch.dtype) -> float:
     """As torch rounds a 0-d float32 tensor that meets a tensor of the dtype."""
-    return torch.tensor(number, dtype=dtype).item()
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 def linear(
