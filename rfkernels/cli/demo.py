@@ -107,6 +107,12 @@ def demo(
     for name in ("report.html", "samples.png", "quality.png", "quality.csv", "results.json"):
         say(f"  {out / name}")
     say(f"Draw more: {command_line('sample', out / '2-rf', '--steps', '1', '--out', 'more.png')}")
+    say(
+        f"Compare solvers: {command_line('sample', out / '1-rf', '--compare', '--out', 'solvers.png')}"
+    )
+    if budget == "full":  # a small one does not learn the classes
+        asked = ("--in", dataset, "--n", "32", "--target-label", "8", "--target-guidance", "4")
+        say(f"Edit digits: {command_line('edit', out / '1-rf', *asked, '--out', 'eights.png')}")
     missed = [check for check in outcome.checks(plan.target) if not check[-1]]
     for what, value, bound, _ in missed:
         console.print(f"[bold red]Missed:[/] {what}: {value:.3f}, should be {bound}")

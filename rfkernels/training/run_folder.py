@@ -45,7 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"run: {folder} holds no run (no config.json)")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; the runs in it are {', '.join(inside)}" if inside else ""
+        raise FileNotFoundError(f"run: {folder} holds no run (no config.json){hint}")
     description = read_json(file)
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: must be of format {FORMAT}; got {description.get('format')!r}")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def test_demo_writes_everything(tiny, tmp_path, capsys):
     assert (
         main(["demo", "--budget", "small", "--out", str(out), "-q", "--resume", "--seed", "1"]) == 2
     )
+
+
+def test_the_demos_runs_are_sampled_inverted_and_edited(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(demo_run.BUDGETS, ("digits", "full"), TINY)
+    assert main(["demo", "--out", "demo", "-q"]) == 0
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    shown = [shlex.split(line)[1:] for line in said if line.startswith("rfkernels ")]
+    assert [words[0] for words in shown] == ["sample", "sample", "edit"]
+    assert main(shown[0]) == 0
+    assert main([*shown[1], "--solver", "euler,ab2", "--nfe", "4"]) == 0
+    assert main([*shown[2], "--steps", "4", "--set", "n_max=4"]) == 0
+    for run in ("1-rf", "2-rf"):
+        words = ["--in", "digits", "-n", "4", "--steps", "4", "--force", "--out", "x0.npz"]
+        assert main(["invert", f"demo/{run}", *words]) == 0
+        words = ["--in", "digits", "-n", "4", "--target-label", "8", "--force", "--out", "e.png"]
+        assert main(["edit", f"demo/{run}", *words]) == 0
+    capsys.readouterr()
+    assert main(["sample", "demo", "--out", "x.png"]) == 2
+    assert "; the runs in it are 1-rf, 2-rf, distilled" in capsys.readouterr().err
 
 
 def test_a_missed_target_is_said_and_fails(monkeypatch, tmp_path, capsys):
