@@ -141,6 +141,27 @@ def test_copies_within_a_run_go_on_alone(name, copied):
     assert not torch.equal(other, expected)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_transforms_of_torch_func_pass(name):
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 6)
+
+    def end(x):
+        scheduler = made(name)
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x.sin(), t, x).prev_sample
+        return x
+
+    leaf = x.clone().requires_grad_()
+    end(leaf).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: end(x).sum())(x), leaf.grad)
+    tangent = torch.func.jvp(end, (x,), (torch.ones_like(x),))[
+        1
+    ]  # the field acts on every element alone
+    torch.testing.assert_close(tangent, leaf.grad)
+    torch.testing.assert_close(torch.func.vmap(end)(x), end(x))
+
+
 @pytest.mark.parametrize("other", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_a_changed_state_is_gone_on_from(other):
     """As inpainting and callbacks do it. diffusers' UniPC corrects from the state before and so loses the change."""

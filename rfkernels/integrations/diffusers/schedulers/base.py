@@ -39,6 +39,12 @@ _NOT_ON = {  # options that a grid would pass over
     DPM: ("invert_sigmas", "shift_terminal", *_RESAMPLINGS),
 }
 logger = logging.get_logger(f"diffusers.{__name__}")  # so that diffusers' verbosity governs it
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where its memory begins; 0 for subclasses and within the transforms of torch.func, which have none."""
+    return 0 if type(tensor) is not torch.Tensor or _wrapped(tensor) else tensor.data_ptr()
 
 
 class FlowScheduler(FlowConfig):
@@ -243,11 +249,7 @@ class FlowScheduler(FlowConfig):
     def _refuse_overwritten(self, output: torch.Tensor, *kept: torch.Tensor) -> None:
         """Networks replayed from a CUDA graph return the same memory in every call."""
         for old in kept:
-            if (
-                old is not output
-                and type(old) is type(output) is torch.Tensor
-                and old.data_ptr() == output.data_ptr() != 0
-            ):
+            if old is not output and _address(old) == _address(output) != 0:
                 raise RuntimeError(
                     f"{type(self).__name__}.step: model_output must not overwrite an earlier one, which is "
                     "still needed; got the same memory again (clone the network's output)"
