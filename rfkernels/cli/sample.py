@@ -62,8 +62,11 @@ def sample(
         ),
     ] = False,
     nfe: Annotated[
-        str, typer.Option(help="Network evaluations that --compare shows, with commas.")
-    ] = "4,8,16",
+        str | None,
+        typer.Option(
+            help="Network evaluations that --compare shows, with commas.", show_default="4,8,16"
+        ),
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale, for a conditional run.")
     ] = None,
@@ -105,7 +108,9 @@ def sample(
             raise ValueError(f"{name}: must be at least 1; got {value}")
     if seed < 0:
         raise ValueError(f"seed: must not be negative; got {seed}")
-    counts = evaluation_counts(nfe) if compare else ()
+    if nfe is not None and not compare:
+        raise ValueError(f"nfe: belongs to --compare; give --steps instead; got {nfe!r}")
+    counts = evaluation_counts(nfe or "4,8,16") if compare else ()
     if compare and steps is not None:
         raise ValueError(f"steps: leave it out with --compare, which takes --nfe; got {steps}")
     check_file("out", out, (".png",) if compare else _SUFFIXES, force=force)
@@ -130,13 +135,14 @@ def sample(
         if not quiet:
             _show_distances(found, counts)
             solvers = "1 solver" if found.solvers == 1 else f"{found.solvers} solvers"
-            say(f"{n} noises, {solvers}, {nfe} network evaluations. Wrote {out}")
+            allowed = ",".join(map(str, counts))
+            say(f"{n} noises, {solvers}, {allowed} network evaluations. Wrote {out}")
         return
     if steps is None and solver != "dopri5":
         steps = 8
     index = torch.arange(n)
     try:
-        x, nfe = drawer.draw(
+        x, cost = drawer.draw(
             index,
             steps=steps,
             solver=solver,
@@ -156,7 +162,7 @@ def sample(
         values = {"x": x} | ({} if labels is None else {"labels": labels})
         write_bytes(out, arrays(out.suffix.lower(), values))
     if not quiet:
-        say(f"{n} samples, network evaluations for each: {nfe:g}. Wrote {out}")
+        say(f"{n} samples, network evaluations for each: {cost:g}. Wrote {out}")
 
 
 def _show_distances(found: Comparison, counts: Sequence[int]) -> None:

@@ -136,6 +136,7 @@ def test_invert_reads_folders_of_images_at_the_runs_size(runs, tmp_path):
             ["sample", "plain", "--compare", "--nfe", "4,x", "--out", "x.png"],
             "nfe: must be whole numbers",
         ),
+        (["sample", "plain", "--nfe", "8", "--out", "x.png"], "nfe: belongs to --compare"),
         (
             ["sample", "plain", "--compare", "--nfe", "0", "--out", "x.png"],
             "nfe: must be at least 1; got 0",
