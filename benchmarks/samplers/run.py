@@ -1,16 +1,11 @@
 """Error against evaluations of the velocity for every solver, on a flow known exactly and on trained runs.
 
     python benchmarks/samplers/run.py --out benchmarks/results/samplers.csv
-
-measures eight Gaussians on a ring. The runs are trained by the command, the first in two minutes of one core,
-the second, a small diffusion transformer, in fifteen:
-
-    rfkernels train --dataset digits --run runs/digits
-    rfkernels train --dataset mnist --conditional --model dit --model-option patch=4 --model-option width=96 \\
-        --batch-size 64 --learning-rate 1e-3 --steps 3000 --run runs/mnist-dit
     python benchmarks/samplers/run.py --run runs/digits --out benchmarks/results/samplers.csv
     python benchmarks/samplers/run.py --run runs/mnist-dit --samples 64 --out benchmarks/results/samplers.csv
     python benchmarks/samplers/tables.py benchmarks/results/samplers.csv --into docs/samplers.md --plot docs/samplers.png
+
+The commands that train the two runs are in ``benchmarks/README.md``.
 
 ``error`` is the root mean square distance per element of the end points to those of a fine run from the
 same noise, and ``round_trip`` that of the data after inverting and sampling on the same grid, which costs
