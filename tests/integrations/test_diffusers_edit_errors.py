@@ -121,9 +121,9 @@ def test_an_offloaded_pipeline(name):
     assert len(pipe._all_hooks) == hooks > 0
 
 
-def test_a_network_that_torch_compile_wraps(monkeypatch):
+@torch._dynamo.config.patch(disable=True)  # runs uncompiled, to be quick
+def test_a_network_that_torch_compile_wraps():
     """Which is found in its wrapper; that compiled layers exchange features is tested elsewhere."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # runs uncompiled, to be quick
     pipe = made("flux")
     options = {"steps": 2, "method": "rf-edit", "features": Features(steps=1), "output_type": "pt"}
     expected = edit(pipe, picture(), "a cat", "a dog", **options)
