@@ -1,10 +1,10 @@
-"""The table of ``docs/samplers.md`` and its picture from the result file.
+"""The tables of ``docs/samplers.md`` and its picture from the result file.
 
     python benchmarks/samplers/tables.py benchmarks/results/samplers.csv --into docs/samplers.md
     python benchmarks/samplers/tables.py benchmarks/results/samplers.csv --plot docs/samplers.png
 
-The tables stand between ``<!-- table:samplers -->`` and ``<!-- /table:samplers -->``. The picture needs
-matplotlib.
+The tables stand between ``<!-- table:samplers -->`` and ``<!-- /table:samplers -->``: one of all fields, and
+a fold with the rest a field. The picture, by ``plot.py`` beside this file, needs matplotlib.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import csv
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows as files
+from plot import plot
 
 BEGIN, END = "<!-- table:samplers -->", "<!-- /table:samplers -->"
 COUNTS = (4, 8, 16, 32, 64)
+FEW = (4, 8, 16)  # of the table of all fields
 
 Row = dict[str, str]
 
@@ -36,13 +39,12 @@ def value_within(rows: list[Row], nfe: int, key: str) -> str:
     return max(fitting, key=lambda row: float(row["nfe"]))[key] if fitting else ""
 
 
-def _table(title: str, names: list[str], cells: list[list[str]], *, bold: bool = True) -> str:
+def _table(heads: list[str], names: list[str], cells: list[list[str]], *, bold: bool = True) -> str:
     """Markdown, with the least number of every column in bold where that means something."""
     best = [
         min((float(c) for c in column if c), default=None) for column in zip(*cells, strict=True)
     ]
-    lines = [f"| {title} | " + " | ".join(map(str, COUNTS)) + " |"]
-    lines.append("|---|" + "--:|" * len(COUNTS))
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, row in zip(names, cells, strict=True):
         shown = [
             ""
@@ -57,68 +59,74 @@ def _table(title: str, names: list[str], cells: list[list[str]], *, bold: bool =
 
 
 def tables(rows: list[Row]) -> str:
-    """One block a field: error, round trip, energy of noisy samplers, and grids."""
-    blocks = []
-    for field in dict.fromkeys(row["field"] for row in rows):
-        own = [row for row in rows if row["field"] == field]
-        even = [row for row in own if row["grid"] == "uniform"]
-        solvers = list(dict.fromkeys(row["solver"] for row in even))
-        exact = [s for s in solvers if any(r["error"] for r in even if r["solver"] == s)]
-        first = own[0]
-        blocks.append(
-            f"**{field}**, {first['samples']} noises, torch {first['torch']}, commit "
-            f"{first['commit'] or 'unknown'}, {first['date'][:10]}. Columns are evaluations."
-        )
-
-        def cells(key: str, names: list[str], even: list[Row] = even) -> list[list[str]]:
-            return [
-                [value_within([r for r in even if r["solver"] == name], n, key) for n in COUNTS]
-                for name in names
-            ]
-
-        blocks.append(_table("error of the end point", exact, cells("error", exact)))
-        blocks.append(_table("round trip, each way", exact, cells("round_trip", exact)))
-        # Differences of the size of its scatter about 0: no winner to mark.
-        blocks.append(
-            _table("energy distance to data", solvers, cells("energy", solvers), bold=False)
-        )
-        pairs = [
-            (row["solver"], row["grid"])
-            for row in own
-            if row["solver"] in {r["solver"] for r in own if r["grid"] != "uniform"}
-        ]
-        pairs = sorted(dict.fromkeys(pairs), key=lambda pair: solvers.index(pair[0]))
-        grids = [
-            [
-                value_within([r for r in own if (r["solver"], r["grid"]) == pair], n, "error")
-                for n in COUNTS
-            ]
-            for pair in pairs
-        ]
-        blocks.append(_table("error, by grid", [", ".join(pair) for pair in pairs], grids))
-    return "\n\n".join(blocks)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Error against evaluations, a panel a field, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
+    """The error of all fields side by side, then a fold of every field."""
     fields = list(dict.fromkeys(row["field"] for row in rows))
-    figure = Figure(figsize=(5.5 * len(fields), 4.6), dpi=150, layout="constrained")
-    for axes, field in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, strict=True):
-        own = [r for r in rows if r["field"] == field and r["grid"] == "uniform" and r["error"]]
-        for i, solver in enumerate(dict.fromkeys(row["solver"] for row in own)):
-            points = sorted(
-                (float(r["nfe"]), float(r["error"])) for r in own if r["solver"] == solver
-            )
-            style = ("-", "--", ":")[i // 6]
-            axes.loglog(*zip(*points, strict=True), style, marker="o", markersize=3, label=solver)
-        axes.set_title(field)
-        axes.set_xlabel("evaluations of the network")
-        axes.set_ylabel("rms error of the end point")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path)
+    return "\n\n".join((_overview(rows, fields), *(_fold(rows, field) for field in fields)))
+
+
+def _even(rows: list[Row], field: str) -> list[Row]:
+    return [row for row in rows if row["field"] == field and row["grid"] == "uniform"]
+
+
+def _exact(rows: list[Row]) -> list[str]:
+    """The solvers without noise, which have an error."""
+    return list(dict.fromkeys(row["solver"] for row in rows if row["error"]))
+
+
+def _cells(
+    rows: list[Row], names: list[str], key: str, counts: tuple[int, ...] = COUNTS
+) -> list[list[str]]:
+    return [
+        [value_within([r for r in rows if r["solver"] == name], n, key) for n in counts]
+        for name in names
+    ]
+
+
+def _overview(rows: list[Row], fields: list[str]) -> str:
+    # An adaptive solver's evaluations are what they are; at this few it is far from where it is meant to be.
+    names = list(dict.fromkeys(r["solver"] for r in rows if r["error"] and r["steps"]))
+    parts = [_cells(_even(rows, field), names, "error", FEW) for field in fields]
+    cells = [[cell for part in row for cell in part] for row in zip(*parts, strict=True)]
+    heads = [f"{field}, {n}" if i == 0 else str(n) for field in fields for i, n in enumerate(FEW)]
+    return _table(["error of the end point", *heads], names, cells)
+
+
+def _fold(rows: list[Row], field: str) -> str:
+    """Error, round trip, energy of all samplers, and grids, of one field."""
+    own = [row for row in rows if row["field"] == field]
+    even = _even(rows, field)
+    exact, solvers = _exact(even), list(dict.fromkeys(row["solver"] for row in even))
+    counts = list(map(str, COUNTS))
+    gridded = {row["solver"] for row in own if row["grid"] != "uniform"}
+    pairs = {(r["solver"], r["grid"]): None for r in own if r["solver"] in gridded}
+    order = sorted(pairs, key=lambda pair: solvers.index(pair[0]))
+    grids = [
+        [
+            value_within([r for r in own if (r["solver"], r["grid"]) == pair], n, "error")
+            for n in COUNTS
+        ]
+        for pair in order
+    ]
+    first = own[0]
+    commit = first["commit"] or "unknown"
+    blocks = [
+        f"<details><summary>{field}: errors up to {COUNTS[-1]} evaluations, round trips, distance to the "
+        f"data, other grids</summary>",
+        f"{first['samples']} noises, torch {first['torch']}, commit {commit}, {first['date'][:10]}. "
+        "Columns are evaluations.",
+        _table(["error of the end point", *counts], exact, _cells(even, exact, "error")),
+        _table(["round trip, each way", *counts], exact, _cells(even, exact, "round_trip")),
+        # Differences of the size of its scatter about 0: no winner to mark.
+        _table(
+            ["energy distance to data", *counts],
+            solvers,
+            _cells(even, solvers, "energy"),
+            bold=False,
+        ),
+        _table(["error, by grid", *counts], [", ".join(pair) for pair in order], grids),
+        "</details>",
+    ]
+    return "\n\n".join(blocks)
 
 
 def main() -> None:
