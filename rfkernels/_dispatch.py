@@ -116,11 +116,6 @@ def direct_allowed(*tensors: object) -> bool:
     return plain(*tensors) and not recorded(*tensors)
 
 
-def fast_call_allowed() -> bool:
-    """True when the native kernels may be called on plain CPU tensors without going through ``backend``."""
-    return not (watched() or _forced.get() not in (None, "native"))
-
-
 def mark_written(*outputs: object) -> None:
     """Tell autograd that the given tensors were written in place, so that a backward through an old value fails."""
     for out in outputs:

@@ -19,12 +19,17 @@ struct Names {
   PyObject* tensor_type;
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* is_neg;  // Tensor's method: called with the tensor, it is not looked up each time
+  PyObject* current_level = PyUnicode_InternFromString("_current_level");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* dtype_keyword = PyTuple_Pack(1, dtype);
   PyObject* dtype_type;
   PyObject* empty_like;
   PyObject* increment_version;
   PyObject* is_grad_enabled;
+  PyObject* depths[3];  // of dispatch modes, of function modes, and whether torch.jit traces
+  PyObject* functorch_level;
+  PyObject* forward_ad;
+  PyObject* forced_backend;  // a ContextVar
 };
 
 const Names& names() {
@@ -40,6 +45,13 @@ const Names& names() {
     n.empty_like = keep(torch.attr("empty_like"));
     n.increment_version = keep(torch.attr("_C").attr("_increment_version"));
     n.is_grad_enabled = keep(torch.attr("is_grad_enabled"));
+    const py::object internal = torch.attr("_C");
+    n.depths[0] = keep(internal.attr("_len_torch_dispatch_stack"));
+    n.depths[1] = keep(internal.attr("_len_torch_function_stack"));
+    n.depths[2] = keep(internal.attr("_is_tracing"));
+    n.functorch_level = keep(internal.attr("_functorch").attr("maybe_current_level"));
+    n.forward_ad = keep(py::module_::import("torch.autograd.forward_ad"));
+    n.forced_backend = keep(py::module_::import("rfkernels._dispatch").attr("_forced"));
     return n;
   }).get_stored();
 }
@@ -49,6 +61,24 @@ bool is_true(PyObject* value) {
   if (value == nullptr) PyErr_Clear();
   Py_XDECREF(value);
   return result;
+}
+
+// Whether something besides the numbers matters to a call: rfkernels._dispatch.watched() without its compiler, which
+// never comes here, or a forced backend other than native.
+bool watched() {
+  const Names& n = names();
+  for (PyObject* depth : n.depths) {
+    const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(depth));
+    if (!found || PyObject_IsTrue(found.ptr()) != 0) return true;
+  }
+  const py::object level = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(n.functorch_level));
+  if (!level || !level.is_none()) return true;
+  const py::object forward = py::reinterpret_steal<py::object>(PyObject_GetAttr(n.forward_ad, n.current_level));
+  if (!forward || PyLong_AsLong(forward.ptr()) >= 0) return true;
+  PyObject* forced = nullptr;
+  if (PyContextVar_Get(n.forced_backend, nullptr, &forced) != 0) return true;
+  const py::object backend = py::reinterpret_steal<py::object>(forced);
+  return backend && !backend.is_none() && PyUnicode_CompareWithASCIIString(backend.ptr(), "native") != 0;
 }
 
 // The numbers of a strided CPU tensor in `view`.
@@ -173,7 +203,7 @@ py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coeffi
   const py::none declined;
   const dlpack::ExchangeApi* api = exchange_api();
   const size_t count = tensors.size();
-  if (api == nullptr || count > RFK_MAX_TERMS || coefficients.size() > RFK_MAX_TERMS) return declined;
+  if (api == nullptr || count > RFK_MAX_TERMS || coefficients.size() > RFK_MAX_TERMS || watched()) return declined;
   const size_t tensors_needed = form == kEuler ? 1 : form == kGuidedEuler ? 2 : count;
   const size_t scalars_needed = form == kLinear ? count : form == kGuidedEuler ? 2 : 1;
   if (count != tensors_needed || coefficients.size() != scalars_needed) return declined;
@@ -243,7 +273,7 @@ py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coeffi
 bool fast_interpolate(py::handle x1, py::handle x0, py::handle t, int path, py::handle seed, py::handle offset,
                       py::handle xt, py::handle target, bool grad_enabled) {
   const dlpack::ExchangeApi* api = exchange_api();
-  if (api == nullptr) return false;
+  if (api == nullptr || watched()) return false;
   rfk_tensor data, source, point, direction;
   bool dense;
   if (!plain(x1, api, grad_enabled, &data, &dense) || !dense) return false;

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.compiler import is_compiling
 
 from rfkernels import _dispatch, _registry
 from rfkernels.backends.native import KERNEL_PATHS as _KERNEL_PATHS
@@ -80,12 +81,7 @@ def interpolate(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
     """
-    if (
-        not return_x0
-        and type(path) is str
-        and path in _KERNEL_PATHS
-        and _dispatch.fast_call_allowed()
-    ):
+    if not return_x0 and type(path) is str and path in _KERNEL_PATHS and not is_compiling():
         fast = _fast(x1, t, x0, _KERNEL_PATHS[path], seed, offset, out)
         if fast is not None:
             return fast

@@ -241,6 +241,40 @@ def test_function_modes_and_function_subclasses():
         same_bits(rf.euler_step(x, v, 0.1), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
+def test_the_native_short_way_is_left_where_something_watches():
+    _C = pytest.importorskip("rfkernels._C", exc_type=ImportError)
+    x = normal(3, 5)
+
+    class Silent(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    def taken() -> bool:
+        step = _C.fast_step(1, x, (x,), (0.1,), 1.0, None, None) is not None
+        out = torch.empty_like(x), torch.empty_like(x)
+        assert _C.fast_interpolate(x, None, 0.5, 0, 1, 0, *out, False) == step
+        return step
+
+    assert taken()
+    watchers = (
+        Silent(), torch.overrides.BaseTorchFunctionMode(), forward_ad.dual_level(),
+        rf.use_backend("reference"), rf.use_backend("triton"),
+    )  # fmt: skip
+    for watcher in watchers:
+        with watcher:
+            assert not taken(), watcher
+    inside = []
+    torch.func.vmap(lambda row: (inside.append(taken()), row)[1])(x)
+    torch.jit.trace(lambda row: (inside.append(taken()), row + 1)[1], x, check_trace=False)
+    assert not any(inside)
+    assert len(inside) == 2
+    with rf.use_backend("native"):
+        assert taken()
+    with torch.no_grad():
+        assert taken()
+
+
 class Logged(torch.Tensor):
     """A wrapper subclass that records every op on it."""
 
