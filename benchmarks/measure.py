@@ -39,11 +39,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Runner:
-    """A call, and the backend and the instruction set level forced during it (None: the package's own choice)."""
+    """A call, and the backend and the instruction set level forced during it (None: the package's own choice).
+
+    ``warm``: an untimed call begins its turn even where one call is long enough for a turn, as a run of many steps is.
+    """
 
     call: Callable[[], object]
     backend: str | None = None
     isa: str | None = None
+    warm: bool = False
 
     @contextlib.contextmanager
     def forced(self) -> Iterator[None]:
@@ -125,7 +129,7 @@ def overhead_us(runners: dict[str, Runner], turns: int) -> dict[str, float]:
 def _cpu_turn(runner: Runner, repeats: int) -> list[float]:
     call = runner.call
     with runner.forced():
-        if repeats > 1:
+        if repeats > 1 or runner.warm:
             call()
         begin = time.perf_counter_ns()
         for _ in range(repeats):

@@ -6,14 +6,16 @@
 
 The columns are those of rows.py; how often a step makes the host wait stands in `variant`, and err_vs_ref is the difference
 between the two over a whole run. A row is a run of 50 steps divided by its calls, begun by `set_begin_index(0)` as pipelines
-do, on fixed network outputs; laying the schedule out is no part of it. On CUDA us_p50 is the time between events before and
-after the run: the slower of host and device.
+do, on fixed network outputs; laying the schedule out is no part of it. Freed memory stays with the process, where glibc can
+be told so: else page faults, which meet now one side and now the other, take up to 5 times as long as the work. On CUDA
+us_p50 is the time between events before and after the run: the slower of host and device.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import statistics
 import sys
 import time
@@ -56,6 +58,7 @@ PAIRS = {
 # Tensors read and written a step, at the least: Heun's two stages, a multistep rule's history.
 TRAFFIC = {"euler": 3, "heun": 3.5, "dpm++": 5, "unipc": 7, "scale_noise": 3}
 _HOST_ROUNDS = 20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 # On the CPU: case, shape, dtype -> the highest ratio of our time to diffusers'. The large batch of scale_noise has none: it
 # moves 3 tensors where diffusers moves 7, and the look-ups that make up the rest of diffusers' time are nothing beside them.
 TARGETS = {
@@ -84,6 +87,14 @@ class HostReads(TorchDispatchMode):
         elif func is aten.copy_.default:
             self.count += args[0].is_cpu and not args[1].is_cpu
         return result
+
+
+def keep_freed_memory() -> None:
+    """No memory is given back to the kernel, nor mapped for one tensor alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**30)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -159,7 +170,7 @@ def measured(
     for length in shape:
         elements *= length
     traffic = round(TRAFFIC[case] * elements * DTYPES[dtype].itemsize)
-    runners = {role: Runner(call) for role, (call, _) in built.items()}
+    runners = {role: Runner(call, warm=True) for role, (call, _) in built.items()}
     timings = interleaved({**runners, "copy": copy_runner(traffic, device)}, device, seconds, 5)
     host = host_times(built) if device == "cuda" else dict.fromkeys(built, "")
     rows = []
@@ -220,6 +231,7 @@ def main(command_line: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device
+    keep_freed_memory()
     common, rows, missed = environment(device), [], 0
     for case in (*PAIRS, "scale_noise"):
         for name in SHAPES:
