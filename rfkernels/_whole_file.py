@@ -18,7 +18,7 @@ __all__ = ["read_json_kept", "write_json_whole", "write_whole"]
 def write_whole(file: Path, content: bytes) -> None:
     """Replaces a file atomically.
 
-    The temporary name is drawn: processes of many machines, which may share process numbers, build the same index at once.
+    The temporary name is drawn at random: processes on several machines may have the same number.
 
     Raises:
         OSError: it cannot be written.

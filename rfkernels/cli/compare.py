@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.eval import (
     Cache,
     Dataset,
@@ -20,7 +21,7 @@ from rfkernels.cli.eval import (
     step_counts,
 )
 from rfkernels.cli.options import Device, Quiet, choose_device, command_line, given
-from rfkernels.cli.output import check_folder, console, say, write_bytes, write_csv, write_json
+from rfkernels.cli.output import check_folder, console, say, write_csv, write_json
 from rfkernels.cli.quality import json_values
 
 if TYPE_CHECKING:
@@ -111,12 +112,12 @@ def compare(
     words = [word for name, value in given(**options).items() for word in (name, str(value))]
     command = command_line("compare", *runs, "--out", out, *words)
     out.mkdir(parents=True, exist_ok=True)
-    write_bytes(out / "samples.png", samples)
-    write_bytes(out / "quality.png", plot)
+    write_whole(out / "samples.png", samples)
+    write_whole(out / "quality.png", plot)
     write_csv(out / "quality.csv", found.table())
     write_json(out / "quality.json", json_values(found))
     report = comparison_report(found, cells, colours, plot, command, _ACROSS)
-    write_bytes(out / "report.html", report.encode())
+    write_whole(out / "report.html", report.encode())
     console.print(quality_table(found))
     for name in ("report.html", "samples.png", "quality.png", "quality.csv", "quality.json"):
         say(f"  {out / name}")

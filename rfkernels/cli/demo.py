@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from rfkernels import __version__
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Quiet, command_line
 from rfkernels.cli.output import (
     check_folder,
@@ -19,7 +20,6 @@ from rfkernels.cli.output import (
     fresh_folder,
     resumable,
     say,
-    write_bytes,
     write_csv,
     write_json,
 )
@@ -173,8 +173,8 @@ def _write(out: Path, outcome, plan, command: str, total: float, chosen: dict) -
 
     rows = quality_rows({**outcome.curves, "fitted Gaussian": {0: outcome.gaussian}})
     samples, plot = demo_picture(outcome), quality_plot(outcome.curves, gaussian=outcome.gaussian)
-    write_bytes(out / "samples.png", samples)
-    write_bytes(out / "quality.png", plot)
+    write_whole(out / "samples.png", samples)
+    write_whole(out / "quality.png", plot)
     write_csv(out / "quality.csv", [row | {"steps": row["steps"] or ""} for row in rows])
     results = {
         **chosen,
@@ -195,7 +195,7 @@ def _write(out: Path, outcome, plan, command: str, total: float, chosen: dict) -
         ],
     }
     write_json(out / "results.json", json.loads(json.dumps(results)))
-    write_bytes(
+    write_whole(
         out / "report.html",
         html_report(outcome, samples, plot, chosen["dataset"], command, total).encode(),
     )

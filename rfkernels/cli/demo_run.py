@@ -15,7 +15,7 @@ import rfkernels.data as datasets
 import rfkernels.models as models
 import rfkernels.training as training
 from rfkernels.cli.quality import STEPS, Quality, Yardstick, measure_steps
-from rfkernels.metrics import straightness, transport_cost
+from rfkernels.metrics import transport_cost
 from rfkernels.metrics.drawer import Drawer
 from rfkernels.ops.random import derive_seed
 from rfkernels.training.progress import Bar
@@ -250,11 +250,8 @@ def _measure(
             if name != "distilled":  # a student of one step has no flow
                 # The finest run of the ODE stands for its end point.
                 outcome.cost[name] = transport_cost(noise, samples[max(STEPS)])
-                outcome.straightness[name] = straightness(
-                    drawer.velocity,
-                    noise[:1000],
-                    steps=max(STEPS),
-                    condition={"y": drawer.labels(index[:1000])},
+                outcome.straightness[name] = drawer.straightness(
+                    index[:1000], seed=key, steps=max(STEPS)
                 )
     unpaired = min(len(noise), train.size)
     outcome.cost["independent"] = transport_cost(noise[:unpaired], train.x[:unpaired])

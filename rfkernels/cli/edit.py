@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, choose_device, parse_settings
-from rfkernels.cli.output import check_file, say, write_bytes
+from rfkernels.cli.output import check_file, say
 
 if TYPE_CHECKING:
     from rfkernels.data.dataset import Data
@@ -154,9 +155,9 @@ def edit(
     values = {name: torch.cat(parts) for name, parts in found.items()}
     if picture:
         title = f"To class {target_label} by {method}"
-        write_bytes(out, beside(values["source"], values["x"], title))
+        write_whole(out, beside(values["source"], values["x"], title))
     else:
-        write_bytes(out, arrays(out.suffix.lower(), values))
+        write_whole(out, arrays(out.suffix.lower(), values))
     if not quiet:
         kept = f" Features kept: {size / 1e6:.1f} MB." if share else ""
         say(f"{len(index)} images, network evaluations for each: {nfe}.{kept} Wrote {out}")

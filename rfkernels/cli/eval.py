@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, Quiet, choose_device
 from rfkernels.cli.output import (
     check_folder,
     console,
     fresh_folder,
     say,
-    write_bytes,
     write_csv,
     write_json,
 )
@@ -122,7 +122,7 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "quality.csv", found.table())
     write_json(out / "quality.json", json_values(found))
-    write_bytes(out / "quality.png", evaluation_plot(found))
+    write_whole(out / "quality.png", evaluation_plot(found))
     console.print(quality_table(found))
     for name in ("quality.csv", "quality.json", "quality.png"):
         say(f"  {out / name}")

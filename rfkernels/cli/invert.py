@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, choose_device, given
-from rfkernels.cli.output import check_file, say, write_bytes
+from rfkernels.cli.output import check_file, say
 
 
 def invert(
@@ -132,7 +133,7 @@ def invert(
             found["round_trip"].append(trip.error.cpu())
             evaluations += float(torch.as_tensor(trip.nfe).double().mean()) * len(rows)
     values = {name: torch.cat(parts) for name, parts in found.items() if parts}
-    write_bytes(out, arrays(out.suffix.lower(), values))
+    write_whole(out, arrays(out.suffix.lower(), values))
     if not quiet:
         error = float(values["round_trip"].square().mean().sqrt())
         spread = float(values["x0"].std()) if values["x0"].numel() > 1 else float("nan")

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from rfkernels._whole_file import write_whole as write_bytes
+from rfkernels._whole_file import write_whole
 
 __all__ = [
     "check_file",
@@ -23,7 +23,6 @@ __all__ = [
     "fresh_folder",
     "resumable",
     "say",
-    "write_bytes",
     "write_csv",
     "write_json",
 ]
@@ -78,12 +77,12 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_bytes(file, stream.getvalue().encode())
+    write_whole(file, stream.getvalue().encode())
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Indented JSON; a number that is not finite is refused."""
-    write_bytes(file, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(file, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def say(text: str) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, choose_device
-from rfkernels.cli.output import check_file, console, say, write_bytes
+from rfkernels.cli.output import check_file, console, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,7 +132,7 @@ def sample(
     options = {"seed": seed, "grid": times, "batch": batch}
     if compare:
         found = compared(drawer, solver, counts, torch.arange(n), guidance, options)
-        write_bytes(out, found.picture)
+        write_whole(out, found.picture)
         if not quiet:
             _show_distances(found, counts)
             solvers = "1 solver" if found.solvers == 1 else f"{found.solvers} solvers"
@@ -156,11 +157,11 @@ def sample(
         raise
     labels = drawer.labels(index)
     if picture:
-        write_bytes(out, one_grid(x) if is_image(shape) else point_cloud(x))
+        write_whole(out, one_grid(x) if is_image(shape) else point_cloud(x))
     else:
         # x (n, ...) float32 and, of a conditional run, labels (n,) int64: `train --dataset` reads it.
         values = {"x": x} | ({} if labels is None else {"labels": labels})
-        write_bytes(out, arrays(out.suffix.lower(), values))
+        write_whole(out, arrays(out.suffix.lower(), values))
     if not quiet:
         say(f"{n} samples, network evaluations for each: {cost:g}. Wrote {out}")
 

@@ -105,15 +105,7 @@ def edit(
                 f"got {type(value).__name__}"
             )
     method = get_method(method)
-    if features is not None:
-        if not isinstance(features, Features):
-            raise TypeError(
-                f"edit: features must be a Features object; got {type(features).__name__}"
-            )
-        if not method.shares_features:
-            raise ValueError(
-                f"edit: features must be left out, since method {method.name!r} shares none"
-            )
+    check_features(features, method)
     times = arguments.make_times("edit", grid, steps, 0.0, 1.0, get_solver("euler"))
     seed = arguments.check_seed("edit", seed, x1)
     with torch.no_grad(), progress_bar(progress, f"edit ({method.name})") as bar:
@@ -126,6 +118,22 @@ def edit(
     if bank is None:
         return Edited(x, setting.nfe)
     return Edited(x, setting.nfe, bank.peak_bytes, bank.error, bank.missed)
+
+
+def check_features(features: object, method: Method) -> None:
+    """Refuses features that are none, or for a method that shares none.
+
+    Raises:
+        TypeError, ValueError: so it is.
+    """
+    if features is None:
+        return
+    if not isinstance(features, Features):
+        raise TypeError(f"edit: features must be a Features object; got {type(features).__name__}")
+    if not method.shares_features:
+        raise ValueError(
+            f"edit: features must be left out, since method {method.name!r} shares none"
+        )
 
 
 def get_method(method: str | Method) -> Method:

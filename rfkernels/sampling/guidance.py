@@ -384,7 +384,7 @@ class Interval(Guidance):
             return parts
         if parts is None:
             parts = ((self.scale, c), (1 - self.scale, u))
-        inside = (t >= self.start) & (t <= self.end)
+        inside = (t >= self.start - _SLACK) & (t <= self.end + _SLACK)
         resting = self.rests_at(t)
         first = 1 - resting.to(t.dtype) if isinstance(resting, Tensor) else torch.ones_like(t)
         alone = (first, *(torch.zeros_like(t),) * (len(parts) - 1))

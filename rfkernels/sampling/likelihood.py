@@ -97,6 +97,8 @@ def log_likelihood(
         ValueError, TypeError: arguments that do not fit.
     """
     _check(velocity, x1, trace, probes, probe, seed, guidance_scale)
+    condition = dict(condition or {})
+    uncondition = None if uncondition is None else dict(uncondition)
     if torch.is_inference_mode_enabled():
         # Nothing can be differentiated there, nor what was made there.
         def plain(value: Any) -> Any:
@@ -146,7 +148,7 @@ def log_likelihood(
         augmented,
         start,
         solver=solver,
-        condition={**(condition or {}), **extra},
+        condition={**condition, **extra},
         uncondition=None if uncondition is None else {**uncondition, **extra},
         guidance_scale=guidance_scale,
         return_info=True,

@@ -9,7 +9,10 @@ __all__ = ["leaves", "map_leaves"]
 
 
 def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
-    """The same containers with ``change`` made to everything in them that is none."""
+    """The same containers with ``change`` made to everything in them that is not one itself.
+
+    Containers are dicts, lists and tuples themselves, and named tuples; other classes count as values.
+    """
     if type(value) is dict:
         return {key: map_leaves(change, inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
@@ -20,7 +23,7 @@ def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Everything in the containers that is none."""
+    """Everything in the containers that is not one itself."""
     found: list[Any] = []
     map_leaves(found.append, value)
     return iter(found)

@@ -300,8 +300,9 @@ def test_fields_of_the_other_scheduler_by_keyword():
     theirs = UniPCMultistepScheduler.from_config(plain, **FLOW, **karras)
     for found, expected in zip(run_of(ours), run_of(theirs), strict=True):
         assert torch.equal(found, expected)
-    short = {"_class_name": "UniPCMultistepScheduler", **FLOW}  # as written by hand
-    assert rfd.RFMultistepScheduler.from_config(short).config.algorithm == "unipc"
+    for name in ("UniPCMultistepScheduler", ["my_module", "UniPCMultistepScheduler"]):
+        short = {"_class_name": name, **FLOW}  # as written by hand
+        assert rfd.RFMultistepScheduler.from_config(short).config.algorithm == "unipc"
 
 
 @pytest.mark.parametrize(

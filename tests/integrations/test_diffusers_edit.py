@@ -45,6 +45,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
+# Of latents near 1, where sums are made in another order: 1.1e-5 was met, with another number of threads.
+ROUNDING = {"rtol": 0.0, "atol": 1e-4}
+
 
 # --- the parts are those of the pipelines --------------------------------------------------------
 
@@ -60,7 +63,7 @@ def test_sampling_is_the_pipelines(name, scale):
         target_guidance_scale=scale, output_type="latent",
     )  # fmt: skip
     assert found(result).shape == expected.shape
-    torch.testing.assert_close(found(result), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found(result), expected, **ROUNDING)
     assert result.nfe == (8 if name in ("sd3", "wan") and scale != 1 else 4)
     other = sampled(pipe, name, start, "a dog on grass", guidance_scale=scale)
     assert (found(result) - other).abs().max() > 1e-3
@@ -105,7 +108,7 @@ def test_a_negative_prompt_guides_as_in_the_pipeline(name):
         pipe, picture(), "a dog", "a cat", method=Sampling(start), steps=4,
         target_guidance_scale=3.0, output_type="latent", **asked,
     )  # fmt: skip
-    torch.testing.assert_close(result.images, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.images, expected, **ROUNDING)
     assert result.nfe == 8
 
 
@@ -121,7 +124,7 @@ def test_networks_that_are_told_no_scale(cls):
         embeddings["pooled_prompt_embeds"] = torch.randn(1, 32)
     expected = sampled(pipe, name, start, None, **embeddings, guidance_scale=1.0)
     result = edit(pipe, picture(), embeddings, embeddings, **options)
-    torch.testing.assert_close(result.images, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.images, expected, **ROUNDING)
     assert result.nfe == 4
     negative = {key: -value for key, value in embeddings.items()}
     given = {f"negative_{key}": value for key, value in negative.items()}
@@ -129,7 +132,7 @@ def test_networks_that_are_told_no_scale(cls):
     expected = sampled(pipe, name, start, None, **embeddings, **given, **{scale: 2.0})
     options |= {"target_guidance_scale": 2.0, "negative_prompt": negative}
     result = edit(pipe, picture(), embeddings, embeddings, **options)
-    torch.testing.assert_close(result.images, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.images, expected, **ROUNDING)
     assert result.nfe == 8
 
 
@@ -141,7 +144,7 @@ def test_the_two_networks_of_wan():
     expected = sampled(pipe, "wan", start, guidance_scale=2.0)
     options = {"method": Sampling(start), "steps": 4, "output_type": "latent"}
     result = edit(pipe, image_for("wan"), "a dog", "a cat", target_guidance_scale=2.0, **options)
-    torch.testing.assert_close(result.frames, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.frames, expected, **ROUNDING)
     pipe.register_to_config(boundary_ratio=None)
     assert not torch.allclose(sampled(pipe, "wan", start, guidance_scale=2.0), expected, atol=1e-3)
     pipe.transformer = None
@@ -156,7 +159,7 @@ def test_wan_with_a_time_for_every_token():
         pipe, image_for("wan"), "a dog", "a cat", method=Sampling(start), steps=4,
         target_guidance_scale=1.0, output_type="latent",
     )  # fmt: skip
-    torch.testing.assert_close(result.frames, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.frames, expected, **ROUNDING)
 
 
 SCHEDULERS = [
@@ -227,21 +230,21 @@ def test_latents_are_those_of_image_to_image(monkeypatch):
         pixels, None, 1, 4, HEIGHT, WIDTH, plain, device, generator
     )  # fmt: skip
     expected = pipe._unpack_latents(packed, HEIGHT, WIDTH, pipe.vae_scale_factor)
-    torch.testing.assert_close(latents(pipe, given), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latents(pipe, given), expected, **ROUNDING)
     assert expected.std() > 0.1
 
     pipe = unmixed(made("sd3", cls="StableDiffusion3Img2ImgPipeline"))
     expected = pipe.prepare_latents(pixels, None, 1, 1, plain, device, generator)
-    torch.testing.assert_close(latents(pipe, given), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latents(pipe, given), expected, **ROUNDING)
 
     pipe = made("flux2")
     expected = pipe._encode_vae_image(pixels, generator)
-    torch.testing.assert_close(latents(pipe, given), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latents(pipe, given), expected, **ROUNDING)
 
     pipe = unmixed(made("wan", cls="WanVideoToVideoPipeline"))
     video = pipe.video_processor.preprocess_video(image_for("wan"))
     expected = pipe.prepare_latents(video, 1, 4, HEIGHT, WIDTH, plain, device, generator)
-    torch.testing.assert_close(latents(pipe, image_for("wan")), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latents(pipe, image_for("wan")), expected, **ROUNDING)
     assert expected.shape == SHAPES["wan"]
 
 
@@ -279,17 +282,17 @@ def test_kinds_of_pictures():
     values = np.asarray(given).astype(np.float32) / 255
     tensor = torch.from_numpy(values).permute(2, 0, 1)
     for same in (values, values[None], tensor, tensor[None], [given], [values], [tensor]):
-        torch.testing.assert_close(latents(pipe, same), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(latents(pipe, same), expected, **ROUNDING)
     two = latents(pipe, [given, picture(1)])
-    torch.testing.assert_close(two[:1], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(two[1:], latents(pipe, picture(1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two[:1], expected, **ROUNDING)
+    torch.testing.assert_close(two[1:], latents(pipe, picture(1)), **ROUNDING)
 
     pipe, given = kept("wan"), image_for("wan")
     expected = latents(pipe, given)
     values = np.stack([np.asarray(one) for one in given]).astype(np.float32) / 255
     tensor = torch.from_numpy(values).permute(0, 3, 1, 2)
     for same in (values, values[None], tensor, tensor[None], [given], [values], [tensor]):
-        torch.testing.assert_close(latents(pipe, same), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(latents(pipe, same), expected, **ROUNDING)
     assert latents(pipe, picture()).shape == (1, 4, 1, 4, 6)  # a picture is a video of one frame
 
 

@@ -177,6 +177,15 @@ def test_exact_derivatives_call_the_unconditional_network_inside_the_interval_on
         assert sample(velocity, x0, guidance_scale=3.0, **options).nfe == order * 10
 
 
+@pytest.mark.parametrize("derivative", ["jvp", "finite"])
+def test_the_end_of_an_interval_on_a_rounded_time_is_inside_for_derivatives_too(x0, derivative):
+    options = {"solver": Taylor(derivative=derivative), "grid": [0.0, 0.1 + 0.2, 1.0], **GIVEN}
+    x0 = x0.double()
+    rounded = sample(velocity, x0, guidance_scale=Interval(3.0, 0.0, 0.3), **options)
+    wide = sample(velocity, x0, guidance_scale=Interval(3.0, 0.0, 0.31), **options)
+    assert torch.equal(rounded, wide)
+
+
 def test_identities(x0):
     options = {"steps": 6, "t_end": 0.9, **GIVEN}
     plain = sample(velocity, x0, guidance_scale=3.0, **options)

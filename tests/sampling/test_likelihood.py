@@ -1,6 +1,7 @@
 """Log-likelihood against the closed-form densities of Gaussians and mixtures."""
 
 import math
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -273,8 +274,9 @@ def test_gradients_reach_the_data_and_the_parameters(x1):
     torch.testing.assert_close(gs, -score.sum(0), rtol=0, atol=1e-3)
     # A condition alone is enough, as in sample, and a guidance scale.
     alone = log_likelihood(
-        velocity, x1[:6], trace="exact", solver="rk4", steps=60, condition={"shift": shift}
-    )
+        velocity, x1[:6], trace="exact", solver="rk4", steps=60,
+        condition=MappingProxyType({"shift": shift}),
+    )  # fmt: skip
     torch.testing.assert_close(torch.autograd.grad(alone.log_likelihood.sum(), shift)[0], gs)
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     guided = log_likelihood(

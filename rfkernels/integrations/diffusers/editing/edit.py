@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rfkernels.editing import Features, Method
 from rfkernels.editing import edit as edit_samples
+from rfkernels.editing.edit import check_features
 from rfkernels.integrations.diffusers.editing.families import family_of
 from rfkernels.integrations.diffusers.editing.family import Family
 from rfkernels.integrations.diffusers.editing.network import PipelineVelocity, exchanging
@@ -134,12 +135,11 @@ def edit(
         raise ValueError(
             f"edit: output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
         )
-    if features is not None and not isinstance(features, Features):
-        raise TypeError(f"edit: features must be a Features object; got {type(features).__name__}")
     if layers is not None and features is None:
         raise ValueError(f"edit: layers must be left out without features; got {layers!r}")
     guidance = _kind_of_guidance(family, embedded_guidance)
     method, steps, defaults = with_defaults(method, steps, guidance)
+    check_features(features, method)
     given = {"source": source_guidance_scale, "target": target_guidance_scale}
     scales = {
         side: getattr(defaults, side) if scale is None else scale for side, scale in given.items()

@@ -19,7 +19,8 @@ COMPATIBLE = (
     "DEISMultistepScheduler",
     "SASolverScheduler",
 )
-# The fields of the FlowMatch family; a config without a class name may have no others, unless it has all of them.
+# The fields of the FlowMatch family. A config without a class name is theirs if it has base_shift, which no other family
+# has, or no fields but these.
 _FLOW_MATCH_FIELDS = {
     "num_train_timesteps",
     "shift",
@@ -46,6 +47,12 @@ def _refuse(name: str, rule: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: {rule}; got {got!r}")
 
 
+def _class_name(config: Mapping[str, Any]) -> str | None:
+    """The scheduler's class; None for one that was made in code."""
+    found = config.get("_class_name")
+    return found[-1] if isinstance(found, (list, tuple)) else found
+
+
 def _origin(name: str, config: Mapping[str, Any]) -> str:
     """Whose config it is: "ours", "multistep" or "flow-match".
 
@@ -56,9 +63,7 @@ def _origin(name: str, config: Mapping[str, Any]) -> str:
         ValueError: of a scheduler that is not one of these.
     """
     fields = [key for key in config if not key.startswith("_")]
-    origin = config.get("_class_name")
-    if isinstance(origin, (list, tuple)):
-        origin = origin[-1]
+    origin = _class_name(config)
     if origin is None:
         if "flow_shift" in fields and "shift" in fields:
             first = fields.index("shift") < fields.index("flow_shift")
@@ -111,7 +116,7 @@ def adapted(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _multistep(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """UniPC, DPM-Solver++ and their relatives in flow form."""
-    origin = config.get("_class_name", "the config")
+    origin = _class_name(config) or "the config"
     if not config.get("use_flow_sigmas"):
         _refuse(
             name, f"config.use_flow_sigmas must be True ({origin})", config.get("use_flow_sigmas")
@@ -147,8 +152,8 @@ def _multistep(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_unipc(config: Mapping[str, Any]) -> bool:
     """Whether a multistep config is UniPC's; the others have the second of these fields, and own fields stand first."""
-    if "_class_name" in config:
-        return config["_class_name"] == "UniPCMultistepScheduler"
+    if (origin := _class_name(config)) is not None:
+        return origin == "UniPCMultistepScheduler"
     fields = [field for field in config if field in ("predict_x0", "algorithm_type")]
     return fields[:1] == ["predict_x0"]
 
