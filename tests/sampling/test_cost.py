@@ -1,7 +1,9 @@
 """What a run does outside the network: one kernel call a stage, nothing read from the device, and every
 sample as if it were alone."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,29 +19,30 @@ from rfkernels.sampling import (
     Rescaled,
     Taylor,
     UniPC,
-    get_solver,
     sample,
 )
 
-ONE = [
-    "euler",
-    "midpoint",
-    "heun",
-    "rk4",
-    "ab2",
-    "ab3",
-    "taylor",
-    Taylor(order=3),
-    Taylor(look_ahead=0.1),
-]
-ONE += ["fireflow", "uni-inv", "dpm++", DPMSolver(3), "unipc", UniPC(3), "curved-euler", "rf++"]
 NOISY = ["ancestral", "sde", SDE(noisy_end=False), "renoise"]
+# Every solver with fixed steps; the test of the guide's list below checks that none is missing.
+EVERY = ["euler", "midpoint", "heun", "rk4", "ab2", "ab3", "taylor", Taylor(order=3)]
+EVERY += [Taylor(look_ahead=0.1), "fireflow", "uni-inv", "dpm++", DPMSolver(3), "unipc", UniPC(3)]
+EVERY += ["curved-euler", "rf++", "flow-map", *NOISY]
 SHAPE = (4, 3, 5, 5)
 STEPS = 5
+SCALES = torch.tensor([1.0, 2.0, 0.0, 4.0])
 
 
 def name_of(value):
-    return value if isinstance(value, str) else repr(value)
+    if isinstance(value, (DPMSolver, UniPC)):
+        return f"{type(value).__name__}({value.order})"  # as the guide writes them
+    return "per sample" if isinstance(value, torch.Tensor) else str(value)
+
+
+def every_solver_and_every_guidance(solvers, few, guidances):
+    """Cases of a test: each solver with the first kind of guidance, and each other kind with a few solvers."""
+    cases = [(solver, guidances[0]) for solver in solvers]
+    cases += [(solver, guidance) for guidance in guidances[1:] for solver in few]
+    return pytest.mark.parametrize(("solver", "guidance"), cases, ids=name_of)
 
 
 def seed_for(solver):
@@ -72,7 +75,7 @@ class Network:
     def __init__(self, watch):
         self.watch, self.calls = watch, 0
 
-    def __call__(self, x, t, shift=0.0):
+    def __call__(self, x, t, shift=0.0, span=None):
         self.watch.network, self.calls = True, self.calls + 1
         v = t[:, None, None, None] - x * (1 + shift)
         self.watch.network = False
@@ -89,71 +92,62 @@ def watched(solver, **options):
     return watch.kernels, watch.others, network.calls
 
 
-@pytest.mark.parametrize("solver", ONE + NOISY, ids=name_of)
-def test_one_kernel_call_a_stage(solver):
-    kernels, others, calls = watched(solver)
-    assert kernels == calls >= STEPS
-    assert others == []
-
-
 GUIDED = {"condition": {"shift": 0.5}, "uncondition": {}}
+# Where the sum of an update has more than eight tensors, each velocity is guided first, by a call more.
+CROWDED = {
+    "guidance": {"UniPC(3)"},
+    "Projected": {"rk4", "ab3", "DPMSolver(3)", "unipc"},
+    "Projected with momentum": {"dpm++"},
+}
 
 
-@pytest.mark.parametrize(
-    "scale", [3.0, torch.tensor([1.0, 2.0, 0.0, 4.0])], ids=["one", "per sample"]
-)
-@pytest.mark.parametrize("solver", ONE + NOISY, ids=name_of)
-def test_guidance_is_in_the_same_call(solver, scale):
-    kernels, others, calls = watched(solver, guidance_scale=scale, **GUIDED)
-    stages = calls // 2
-    # Only UniPC of order 3 needs more tensors than a kernel sums: it guides each velocity first.
-    assert kernels == stages * (2 if solver == UniPC(3) else 1)
-    assert others == []
+def crowded_under(guidance):
+    """The names of those solvers."""
+    kinds = [] if guidance is None else ["guidance"]
+    if isinstance(guidance, Projected):
+        kinds += ["Projected", "Projected with momentum"][: 2 if guidance.momentum else 1]
+    return set().union(*(CROWDED[kind] for kind in kinds))
+
+
+def test_the_guide_lists_the_solvers_that_need_a_call_more():
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    sentence = re.search(
+        r"a call sums eight tensors at most, so (.*) under guidance, and (.*) under `Projected` "
+        r"\(with momentum (.*) too\), guide each velocity first",
+        " ".join(page.split()),
+    )
+    listed = [set(re.findall("`(.+?)`", names)) for names in sentence.groups()]
+    assert listed == list(CROWDED.values())
+    assert set(SOLVERS) - {"dopri5"} <= set(EVERY)
+    assert set().union(*listed) <= {name_of(solver) for solver in EVERY}
 
 
 @pytest.mark.parametrize(
     "guidance",
     [
-        *(Rescaled(3.0), CFGZero(3.0), Projected(3.0, norm_threshold=2.0)),
-        *(Projected(3.0, momentum=-0.5), Interval(3.0, 0.0, 1.0)),
+        *(None, 3.0, SCALES, Interval(3.0, 0.0, 1.0), Rescaled(3.0), CFGZero(3.0)),
+        *(Projected(3.0, norm_threshold=2.0), Projected(3.0, momentum=-0.5)),
     ],
-    ids=repr,
+    ids=name_of,
 )
-@pytest.mark.parametrize("solver", ONE + NOISY, ids=name_of)
-def test_other_guidance_updates_by_one_call_too(solver, guidance):
-    kernels, others, calls = watched(solver, guidance_scale=guidance, **GUIDED)
-    found = get_solver(solver)
-    # More than eight tensors in one update: then each velocity is guided first, by one more call.
-    crowded = found.evaluations * guidance.tensors + found.tensors > 8
-    extra = int(crowded) + int(guidance.remembers)  # momentum keeps a tensor
-    assert kernels == (1 + extra) * (calls // 2)
-    assert isinstance(guidance, Interval) == (others == [])  # the others read both for their sums
+def test_every_solver_updates_by_one_kernel_call_a_stage(guidance):
+    """Guidance is in it; the kinds that need sums over a sample read both velocities for those alone."""
+    sums = isinstance(guidance, (Rescaled, CFGZero, Projected))
+    found, expected = {}, {}
+    for solver in EVERY:
+        given = {} if guidance is None else {"guidance_scale": guidance, **GUIDED}
+        kernels, others, calls = watched(solver, **given)
+        stages = calls if guidance is None else calls // 2
+        assert stages >= STEPS
+        found[name_of(solver)] = kernels / stages, others != []
+        crowded = name_of(solver) in crowded_under(guidance)
+        memory = getattr(guidance, "momentum", 0.0) != 0  # a tensor of its own
+        expected[name_of(solver)] = 1 + crowded + memory, sums
+    assert found == expected
 
 
-CROWDED = {
-    "Projected()": ["rk4", "ab3", "DPMSolver(3)", "unipc", "UniPC(3)"],
-    "Projected(momentum)": ["rk4", "ab3", "dpm++", "DPMSolver(3)", "unipc", "UniPC(3)"],
-    "a number": ["UniPC(3)"],
-}
-
-
-def test_which_solvers_need_a_call_more():
-    """As docs/samplers.md says."""
-    solvers = [*SOLVERS, DPMSolver(3), UniPC(3), Taylor(order=3)]
-    for tensors, names in zip((3, 4, 2), CROWDED.values(), strict=True):
-        crowded = [
-            solver if isinstance(solver, str) else f"{type(solver).__name__}({solver.order})"
-            for solver in solvers
-            if not (found := get_solver(solver)).adaptive
-            and found.evaluations * tensors + found.tensors > 8
-        ]
-        assert sorted(crowded) == sorted(names)
-
-
-@pytest.mark.parametrize("guidance", [None, 3.0, torch.tensor([1.0, 2.0, 0.0, 4.0])], ids=str)
-@pytest.mark.parametrize(
-    "solver", [s for s in ONE + NOISY if s != UniPC(3)] + ["flow-map"], ids=name_of
-)
+@pytest.mark.parametrize("guidance", [None, 3.0, SCALES], ids=name_of)
+@pytest.mark.parametrize("solver", ["rk4", "ab3", "fireflow", "unipc", "sde", "flow-map"])
 def test_the_networks_low_precision_input_is_written_by_the_same_call(solver, guidance):
     """No operation of torch's touches tensors of the state's size but the first conversion of x0; the
     profiler sees those, and the kernels called directly take no part of it."""
@@ -191,14 +185,14 @@ def test_a_trajectory_costs_lagged_solvers_the_states_they_do_not_need():
     assert (calls, kernels) == (STEPS + 1, 2 * STEPS)
 
 
-@pytest.mark.parametrize("solver", [*ONE, *NOISY, "flow-map"], ids=name_of)
-@pytest.mark.parametrize(
-    "guidance",
+@every_solver_and_every_guidance(
+    EVERY,
+    ["rk4", "unipc", "sde"],
     [
+        Projected(2.0, norm_threshold=1.0, momentum=-0.5),
         *(3.0, CFGZero(3.0, zero_steps=1), Rescaled(2.0), Interval(Projected(2.0), 0.2, 0.8)),
-        *(Projected(2.0, norm_threshold=1.0, momentum=-0.5), torch.empty(4, device="meta")),
+        torch.empty(4, device="meta"),
     ],
-    ids=lambda g: "a tensor" if isinstance(g, torch.Tensor) else repr(g),
 )
 def test_nothing_has_values_to_read(solver, guidance):
     """A meta tensor has none: reading one would raise."""
@@ -213,18 +207,23 @@ def test_nothing_has_values_to_read(solver, guidance):
 
 
 @pytest.mark.parametrize(
-    "guidance",
-    [None, 3.0, Rescaled(3.0), CFGZero(3.0, 1), Projected(3.0, norm_threshold=1.0, momentum=-0.5)],
-    ids=repr,
+    ("solver", "guidance"),
+    [
+        (solver, guidance)
+        for guidance in (
+            *(None, 3.0, Rescaled(3.0), CFGZero(3.0, 1)),
+            Projected(3.0, norm_threshold=1.0, momentum=-0.5),
+        )
+        # Momentum needs fixed steps.
+        for solver in (EVERY if isinstance(guidance, Projected) else [*EVERY, "dopri5"])
+    ],
+    ids=name_of,
 )
-@pytest.mark.parametrize("solver", [*ONE, *NOISY, "dopri5"], ids=name_of)
 def test_each_sample_is_what_it_would_be_alone_to_the_bit(solver, guidance):
-    if solver == "dopri5" and getattr(guidance, "remembers", False):
-        pytest.skip("momentum needs fixed steps")
     x0 = torch.randn(7, 3, 37, generator=torch.Generator().manual_seed(1))
     seeds = torch.arange(11, 18)
 
-    def pointwise(x, t, shift=0.0):
+    def pointwise(x, t, shift=0.0, span=None):
         return (t[:, None, None] - x) * (1.5 + shift) + shift
 
     def run(rows):
@@ -240,9 +239,10 @@ def test_each_sample_is_what_it_would_be_alone_to_the_bit(solver, guidance):
 
 
 @pytest.mark.parametrize("guidance", [None, Rescaled(3.0)], ids=repr)
-@pytest.mark.parametrize("solver", [*ONE, *NOISY, "dopri5", "flow-map"], ids=name_of)
+@pytest.mark.parametrize("solver", ["rk4", "ab3", "taylor", "unipc", "sde", "dopri5"])
 def test_a_run_repeats_to_the_bit_on_any_number_of_threads(solver, guidance):
-    x0 = torch.randn(5, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    """54,000 elements: kernels of less than 32,768 run on one thread, and torch's do."""
+    x0 = torch.randn(5, 3, 60, 60, generator=torch.Generator().manual_seed(1))
 
     def pointwise(x, t, shift=0.0, span=None):
         return (t[:, None, None, None] - x) * 1.5 + shift
