@@ -137,7 +137,6 @@ def fast_interpolate(
     offset: int,
     xt: Tensor,
     target: Tensor,
-    grad_enabled: bool,
     /,
 ) -> bool: ...
 def flow_loss_workspace(samples: int, elements_per_sample: int, /) -> int: ...

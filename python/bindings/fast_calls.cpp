@@ -63,9 +63,7 @@ bool is_true(PyObject* value) {
   return result;
 }
 
-// Whether something besides the numbers matters to a call: rfkernels._dispatch.watched() without its compiler, which
-// never comes here, or a forced backend other than native.
-bool watched() {
+bool asked_torch() {
   const Names& n = names();
   for (PyObject* depth : n.depths) {
     const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(depth));
@@ -81,8 +79,18 @@ bool watched() {
   return backend && !backend.is_none() && PyUnicode_CompareWithASCIIString(backend.ptr(), "native") != 0;
 }
 
-// The numbers of a strided CPU tensor in `view`.
-bool seen(py::handle object, const dlpack::ExchangeApi* api, rfk_tensor* view, bool* dense) {
+// Whether something besides the numbers matters to a call: rfkernels._dispatch.watched() without its compiler, which
+// never comes here, or a forced backend other than native.
+bool watched() {
+  const bool found = asked_torch();
+  if (PyErr_Occurred() == nullptr) return found;
+  PyErr_Clear();
+  return true;
+}
+
+// Fills `view`, and `dense` with whether the elements lie in order. False for what is no strided floating point tensor of
+// the CPU.
+bool read_view(py::handle object, const dlpack::ExchangeApi* api, rfk_tensor* view, bool* dense) {
   dlpack::Tensor source;
   if (api->tensor_from_object(object.ptr(), &source) != 0) {
     PyErr_Clear();
@@ -111,15 +119,15 @@ bool plain(py::handle object, const dlpack::ExchangeApi* api, bool grad_enabled,
   if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != n.tensor_type) return false;
   if (grad_enabled && is_true(PyObject_GetAttr(object.ptr(), n.requires_grad))) return false;
   if (is_true(PyObject_CallOneArg(n.is_neg, object.ptr()))) return false;
-  return seen(object, api, view, dense);
+  return read_view(object, api, view, dense);
 }
 
-// New memory like x, of its dtype or the one given.
+// New memory like x, of its dtype or the one given; null where there is none, and the public function says why.
 py::object empty_like(py::handle x, py::handle dtype) {
   const Names& n = names();
   PyObject* const arguments[] = {x.ptr(), dtype.ptr()};
   PyObject* made = PyObject_Vectorcall(n.empty_like, arguments, 1, dtype.is_none() ? nullptr : n.dtype_keyword);
-  if (made == nullptr) throw py::error_already_set();
+  if (made == nullptr) PyErr_Clear();
   return py::reinterpret_steal<py::object>(made);
 }
 
@@ -246,14 +254,14 @@ py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coeffi
     return declined;
   }
   const py::object state = fresh_out ? empty_like(x, py::none()) : py::reinterpret_borrow<py::object>(out);
-  if (fresh_out && (!seen(state, api, &view_out, &dense) || !dense)) return declined;
+  if (fresh_out && (!state || !read_view(state, api, &view_out, &dense) || !dense)) return declined;
   const py::object copy = fresh_cast ? empty_like(x, cast) : py::reinterpret_borrow<py::object>(cast);
-  if (fresh_cast && (!seen(copy, api, &view_cast, &dense) || !dense)) return declined;
+  if (fresh_cast && (!copy || !read_view(copy, api, &view_cast, &dense) || !dense)) return declined;
 
   const rfk_tensor* copy_view = casting ? &view_cast : nullptr;
-  const py::handle nobody_knows(Py_None);  // new memory: no autograd graph can have seen it
-  const py::handle known_out = fresh_out ? nobody_knows : out, known_cast = fresh_cast ? nobody_knows : cast;
-  const bool done = launched(view_out, {known_out, known_cast}, [&]() -> rfk_status {
+  const py::handle none(Py_None);  // new memory: no autograd graph can have seen it
+  const py::handle written_out = fresh_out ? none : out, written_cast = fresh_cast ? none : cast;
+  const bool done = launched(view_out, {written_out, written_cast}, [&]() -> rfk_status {
     switch (form) {
       case kEuler:
         return rfk_euler_step(&kCpu, &view_x, &terms[0], nullptr, &scalars[0], nullptr, &view_out, copy_view);
@@ -271,9 +279,10 @@ py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coeffi
 }
 
 bool fast_interpolate(py::handle x1, py::handle x0, py::handle t, int path, py::handle seed, py::handle offset,
-                      py::handle xt, py::handle target, bool grad_enabled) {
+                      py::handle xt, py::handle target) {
   const dlpack::ExchangeApi* api = exchange_api();
   if (api == nullptr || watched()) return false;
+  const bool grad_enabled = is_true(PyObject_CallNoArgs(names().is_grad_enabled));
   rfk_tensor data, source, point, direction;
   bool dense;
   if (!plain(x1, api, grad_enabled, &data, &dense) || !dense) return false;

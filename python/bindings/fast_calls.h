@@ -13,7 +13,7 @@ pybind11::object fast_step(int form, pybind11::handle x, pybind11::tuple tensors
 
 // path: an rfk_path other than RFK_PATH_CUSTOM. x0: None or a tensor; seed and offset: Python ints where x0 is None.
 bool fast_interpolate(pybind11::handle x1, pybind11::handle x0, pybind11::handle t, int path, pybind11::handle seed,
-                      pybind11::handle offset, pybind11::handle xt, pybind11::handle target, bool grad_enabled);
+                      pybind11::handle offset, pybind11::handle xt, pybind11::handle target);
 
 }  // namespace rfk_python
 

@@ -143,8 +143,7 @@ def _fast(x1, t, x0, path, seed, offset, out) -> Interpolant | None:
         out = torch.empty_like(x1), torch.empty_like(x1)
     elif type(out) is not tuple or len(out) != 2:
         return None
-    grad = torch.is_grad_enabled()
-    if not _native_fast_interpolate(x1, x0, t, path, seed, offset, *out, grad):
+    if not _native_fast_interpolate(x1, x0, t, path, seed, offset, *out):
         return None
     return Interpolant(*out)
 

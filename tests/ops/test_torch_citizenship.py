@@ -253,7 +253,7 @@ def test_the_native_short_way_is_left_where_something_watches():
     def taken() -> bool:
         step = _C.fast_step(1, x, (x,), (0.1,), 1.0, None, None) is not None
         out = torch.empty_like(x), torch.empty_like(x)
-        assert _C.fast_interpolate(x, None, 0.5, 0, 1, 0, *out, False) == step
+        assert _C.fast_interpolate(x, None, 0.5, 0, 1, 0, *out) == step
         return step
 
     assert taken()
