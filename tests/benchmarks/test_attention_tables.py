@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (
     ROOT / "benchmarks", ROOT / "benchmarks" / "attention", ROOT / "tests" / "ops",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """The folders on the path; what was imported from them leaves with the test module."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        for folder in FOLDERS:
-            patch.syspath_prepend(str(folder))
-        yield
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file is not None and any(Path(file).is_relative_to(folder) for folder in FOLDERS):
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -16,36 +16,12 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+FOLDERS = (FOLDER,)
 SCHEMA = (
     *("op", "backend", "dtype", "shape_name", "shape", "device", "threads", "isa", "n_iter"),
     *("us_p50", "us_p20", "us_p80", "host_us", "bytes", "gb_s", "pct_copy_peak", "gflop_s"),
     *("err_vs_ref", "speedup_vs_torch", "torch", "triton", "cuda", "driver", "commit", "date"),
 )
-
-
-MODULES = (
-    *(
-        "registry",
-        "targets",
-        "attention_targets",
-        "table",
-        "rows",
-        "machine",
-        "measure",
-        "run",
-        "ops",
-    ),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """The folder on the path, so that its modules can be imported; they leave with the test module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield
-    for name in [n for n in sys.modules if n.partition(".")[0] in MODULES]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip(
     "diffusers", minversion="0.42", reason="the schedulers are compared with 0.42's"
@@ -14,19 +14,14 @@ pytest.importorskip(
 
 # diffusers' own
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+FOLDERS = (Path(__file__).resolve().parents[2] / "benchmarks",)
 
 
-@pytest.fixture
-def schedulers(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
+@pytest.fixture(scope="module")
+def schedulers():
     import schedulers
 
-    yield schedulers
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
-            del sys.modules[name]
+    return schedulers
 
 
 @pytest.mark.parametrize("case", ["euler", "heun", "dpm++", "unipc", "scale_noise"])
@@ -49,3 +44,22 @@ def test_reads_are_counted(schedulers):
         values.nonzero()
         values.to(torch.float64).add_(1)
     assert counted.count == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "act"),
+    [
+        (1, lambda there, here: there.cpu()),
+        (1, lambda there, here: there.to("cpu", torch.float64)),
+        (1, lambda there, here: here.copy_(there)),
+        (0, lambda there, here: there.double()),
+        (0, lambda there, here: here.copy_(here.double())),
+    ],
+)
+def test_copies_from_a_device_are_counted(schedulers, count, act):
+    """On fake tensors, which have a device and no numbers, so that no GPU is needed."""
+    with FakeTensorMode():
+        there, here = torch.empty(3, device="cuda"), torch.empty(3)
+        with schedulers.HostReads() as counted:
+            act(there, here)
+    assert counted.count == count
