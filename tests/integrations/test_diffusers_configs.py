@@ -13,6 +13,7 @@ pytest.importorskip(
 
 import diffusers
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from schedulers_cases import CLASSES, cls_of
 
 from rfkernels.integrations import diffusers as rfd
 
@@ -20,14 +21,9 @@ from rfkernels.integrations import diffusers as rfd
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "Multistep"]
 
 
-def cls_of(name):
-    return getattr(rfd, f"RF{name}Scheduler")
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize(
     "other",
     [
@@ -108,7 +104,7 @@ def test_the_shift_by_either_name():
     assert (again.config.algorithm, again.config.grid, again.shift) == ("ab2", "unipc", 5.0)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -146,7 +142,7 @@ def test_other_configs_are_refused(name, config, message):
         cls_of(name).from_config(config)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CLASSES)
 def test_fields_that_a_pipeline_registers_are_kept(name):
     """Cosmos 2 writes three of them into the config of its FlowMatchEulerDiscreteScheduler, and resamples between them."""
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
@@ -240,7 +236,7 @@ CHANGED = {  # every field, one at a time
 @pytest.mark.parametrize(
     ("origin", "field"), [(origin, field) for origin, fields in CHANGED.items() for field in fields]
 )
-def test_every_field_arrives_and_returns(origin, field, tmp_path):
+def test_every_field_arrives_and_returns(origin, field):
     flow = {} if origin.startswith("FlowMatch") else FLOW
     theirs = getattr(diffusers, origin)(**flow, **{field: CHANGED[origin][field]})
     name = "Multistep" if flow else "Euler"
@@ -249,12 +245,28 @@ def test_every_field_arrives_and_returns(origin, field, tmp_path):
         assert torch.equal(found, expected)
     if field in ours.config:
         assert ours.config[field] == theirs.config[field]
-    ours.save_pretrained(tmp_path)
-    for config in (ours.config, cls_of(name).from_pretrained(tmp_path).config):
-        back = type(theirs).from_config(config)
-        assert all(
-            back.config[key] == value for key, value in theirs.config.items() if key[0] != "_"
-        )
+    assert_returns(theirs, ours.config)
+
+
+def assert_returns(theirs, config):
+    """Every field of theirs comes back from a config of ours."""
+    back = type(theirs).from_config(config)
+    assert all(back.config[key] == value for key, value in theirs.config.items() if key[0] != "_")
+
+
+@pytest.mark.parametrize("origin", CHANGED)
+def test_all_fields_return_from_a_folder(origin, tmp_path):
+    """All of them changed at once, but for those of which a config may have one."""
+    flow = {} if origin.startswith("FlowMatch") else FLOW
+    cls = cls_of("Multistep" if flow else "Euler")
+    fields = dict(CHANGED[origin])
+    apart = [
+        {key: fields.pop(key)} for key in [*fields] if key.endswith("_sigmas") and key[:4] == "use_"
+    ]
+    for one in apart or [{}]:
+        theirs = getattr(diffusers, origin)(**flow, **fields, **one)
+        cls.from_config(theirs.config).save_pretrained(tmp_path)
+        assert_returns(theirs, cls.from_pretrained(tmp_path).config)
 
 
 @pytest.mark.parametrize("saved", [False, True])

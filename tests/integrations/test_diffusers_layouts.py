@@ -12,22 +12,10 @@ pytest.importorskip(
 import diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulers_cases import CLASSES, RULES, cls_of, made
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfkernels.integrations import diffusers as rfd
-
-ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "Multistep"]
-
-
-def cls_of(name):
-    return getattr(rfd, f"RF{name}Scheduler")
-
-
-def made(name, **config):
-    """A scheduler by name; "dpm++" and "unipc" are algorithms of the multistep one."""
-    if name in ("dpm++", "unipc"):
-        return rfd.RFMultistepScheduler(algorithm=name, **config)
-    return cls_of(name)(**config)
 
 
 def test_layouts():
@@ -49,8 +37,8 @@ def test_layouts():
         assert apart.timesteps.tolist() == pytest.approx([c * count for c in (0.9, 0.5, 0.1, 0.05)])
 
 
-@pytest.mark.parametrize("name", ALL)
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", CLASSES)
+@settings(derandomize=True, deadline=None, database=None, max_examples=15)
 @given(
     steps=st.integers(2, 60),
     count=st.sampled_from([100, 1000, 5000]),
@@ -136,7 +124,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [*ALL, "dpm++", "unipc"])
+@pytest.mark.parametrize("name", RULES)
 def test_steps_read_nothing(name):
     scheduler = made(name, shift=3.0)
     x = torch.randn(1, 4, 8, 8)
@@ -157,7 +145,7 @@ def test_steps_read_nothing(name):
     assert counted.reads == 0
 
 
-@pytest.mark.parametrize("name", [*ALL, "dpm++", "unipc"])
+@pytest.mark.parametrize("name", RULES)
 def test_on_a_device_that_cannot_be_read(name):
     """The meta device has no numbers: whatever asked for one would fail."""
     scheduler = made(name, shift=3.0)

@@ -13,6 +13,7 @@ pytest.importorskip(
 )
 
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from schedulers_cases import made
 
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.integrations import diffusers as rfd
@@ -22,18 +23,6 @@ from rfkernels.sampling import multistep as rules
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "Multistep"]
-
-
-def cls_of(name):
-    return getattr(rfd, f"RF{name}Scheduler")
-
-
-def made(name, **config):
-    """A scheduler by name; "ab2", "dpm++" and "unipc" are the algorithms of the multistep one."""
-    if name in ("ab2", "dpm++", "unipc"):
-        return rfd.RFMultistepScheduler(algorithm=name, **config)
-    return cls_of(name)(**config)
 
 
 def run(scheduler, field, x):

@@ -16,6 +16,7 @@ import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulers_cases import RULES, made
 
 from rfkernels.integrations import diffusers as rfd
 
@@ -89,17 +90,8 @@ def test_levels_of_any_dtype(dtype):
     assert ours == theirs
 
 
-ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "ab2", "dpm++", "unipc"]
-
-
-def made(name, **config):
-    if name[0].islower():
-        return rfd.RFMultistepScheduler(algorithm=name, **config)
-    return getattr(rfd, f"RF{name}Scheduler")(**config)
-
-
-@pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("name", RULES)
+@settings(derandomize=True, deadline=None, database=None, max_examples=15)
 @given(
     st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9),
     st.sampled_from([None, "first", "last", "assigned"]),
@@ -122,7 +114,7 @@ def test_a_constant_field_leads_to_the_levels_there_are(name, levels, edit):
     assert states == pytest.approx((levels[1:] - levels[0]).tolist(), abs=2e-6)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 def test_copies_within_a_run_go_on_alone(name, copied):
     """Two runs take turns, one of them from a copy made after every call."""
@@ -141,7 +133,7 @@ def test_copies_within_a_run_go_on_alone(name, copied):
     assert not torch.equal(other, expected)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", RULES)
 def test_the_transforms_of_torch_func_pass(name):
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 6)
 
