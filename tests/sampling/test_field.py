@@ -1,6 +1,7 @@
 """What the velocity is given and may answer: memory, times, precision, strides, wrong answers."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -80,14 +81,17 @@ def test_autocast_is_for_the_network_alone(solver):
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+INTERVAL = Interval(2.3, 0.2, 0.7)
+OTHERS = [2.3, Rescaled(2.3), CFGZero(2.3), Projected(2.3, 0.2, 1.0)]
+
+
 @pytest.mark.parametrize(
-    "guidance",
-    [2.3, Interval(2.3, 0.2, 0.7), Rescaled(2.3), CFGZero(2.3), Projected(2.3, 0.2, 1.0)],
-    ids=repr,
+    ("solver", "guidance"),
+    [(solver, INTERVAL) for solver in [*ALL, "unipc", "sde"]]
+    + [(solver, guidance) for guidance in OTHERS for solver in ("dopri5", "unipc")],
+    ids=str,
 )
-@pytest.mark.parametrize("solver", [*ALL, "unipc", "sde"], ids=str)
-def test_the_default_dtype_does_not_matter(solver, guidance, default, x0):
+def test_the_default_dtype_does_not_matter(solver, guidance, x0):
     def velocity(x, t, shift):
         return (shift - x.sin()) * (1 + t[:, None, None])
 
@@ -96,7 +100,7 @@ def test_the_default_dtype_does_not_matter(solver, guidance, default, x0):
         "condition": {"shift": 1.0}, "uncondition": {"shift": 0.0},
         **({"seed": 1} if solver == "sde" else {}),
     }  # fmt: skip
-    for x in (x0, x0.double()):
+    for x, default in product((x0, x0.double()), (torch.float64, torch.bfloat16)):
         expected = sample(velocity, x, **options)
         torch.set_default_dtype(default)
         try:
@@ -241,7 +245,6 @@ def test_an_overwritten_output_of_a_compiled_velocity_is_copied(x0, monkeypatch)
     assert torch.equal(result, sample(Counting(), x0, steps=3, solver="heun"))
 
 
-@pytest.mark.parametrize("solver", ["euler", "dopri5", JVP], ids=str)
 @pytest.mark.parametrize(
     ("velocity", "error", "message"),
     [
@@ -258,6 +261,14 @@ def test_an_overwritten_output_of_a_compiled_velocity_is_copied(x0, monkeypatch)
         (lambda x, t: x.flatten(1).neg_().view_as(x), ValueError, "must not write into x"),
     ],
 )
-def test_refused_answers_of_the_velocity(solver, velocity, error, message, x0):
+def test_refused_answers_of_the_velocity(velocity, error, message, x0):
     with pytest.raises(error, match="velocity: " + ".*" + message):
-        sample(velocity, x0, steps=2, solver=solver)
+        sample(velocity, x0, steps=2)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", JVP], ids=str)
+def test_refused_answers_of_solvers_that_call_it_in_their_own_way(solver, x0):
+    with pytest.raises(ValueError, match="velocity: must not write into x"):
+        sample(lambda x, t: x.flatten(1).neg_().view_as(x), x0, steps=2, solver=solver)
+    with pytest.raises(TypeError, match="velocity: .*float64 only if x is float64"):
+        sample(lambda x, t: x.double(), x0, steps=2, solver=solver)
