@@ -1,12 +1,9 @@
 """The editing methods on flows with exact velocities: identities, limits, what they move where, orders, costs.
-
-The references are NumPy transcriptions of the published updates and the closed-form flow.
-"""
+Their updates step by step are in test_transcriptions.py."""
 
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -25,11 +22,6 @@ EVERY = ("flowedit", "rf-inversion", "uniedit", "rf-edit", "rf-solver", "fireflo
 
 def velocity(x, t, side=None):
     return {"left": LEFT, "right": RIGHT, None: BOTH}[side](x, t)
-
-
-def in_numpy(x, t, side):
-    x = torch.as_tensor(x, dtype=torch.float64)
-    return velocity(x, torch.full((len(x),), t, dtype=torch.float64), side).numpy()
 
 
 def rms(a, b):
@@ -77,56 +69,6 @@ def test_flow_edit_finds_the_optimal_translation():
     pairs = linear_sum_assignment(torch.cdist(x1, result.x).square().numpy())[1]
     best = (result.x[torch.as_tensor(pairs)] - x1).square().sum(1).mean().item()
     assert cost < best + 0.2
-
-
-@pytest.mark.parametrize("n_avg", [1, 2])
-@pytest.mark.parametrize("n_min", [0, 2])
-def test_flow_edit_against_the_published_update_in_numpy(x1, n_avg, n_min):
-    steps, n_max = 8, 6
-    method = FlowEdit(n_max=n_max, n_min=n_min, n_avg=n_avg)
-    noises = _noises_of(method, x1, steps)
-    got = edit(velocity, x1, source=SOURCE, target=TARGET, method=method, steps=steps, seed=5)
-    times, x = np.linspace(0, 1, steps + 1), x1.numpy()
-    z, number = x.copy(), 0
-    for i in range(steps - n_max, steps - n_min):
-        t, change = times[i], 0.0
-        for _ in range(n_avg):
-            x_s = t * x + (1 - t) * noises[number]
-            number += 1
-            x_t = z + x_s - x
-            change = change + (in_numpy(x_t, t, "right") - in_numpy(x_s, t, "left")) / n_avg
-        z = z + (times[i + 1] - t) * change
-    if n_min:
-        t = times[steps - n_min]
-        z = z + (1 - t) * noises[number] + t * x - x
-        for i in range(steps - n_min, steps):
-            z = z + (times[i + 1] - times[i]) * in_numpy(z, times[i], "right")
-    np.testing.assert_allclose(got.x.numpy(), z, atol=1e-11)
-    assert got.nfe == 2 * n_avg * (n_max - n_min) + n_min
-    assert len(noises) == n_avg * (n_max - n_min) + (n_min > 0)
-
-
-def _noises_of(method, x1, steps):
-    """The normal numbers of each noisy point, from what the velocity is called with under the source;
-    for the plain steps at the end, from a run in which nothing was edited before them."""
-    found = []
-
-    def spy(x, t, side):
-        time = t[0].item()
-        if side == "left":
-            found.append(((x - time * x1) / (1 - time)).numpy())
-        elif time == pytest.approx(1 - method.n_min / steps):
-            first_plain.append(((x - time * x1) / (1 - time)).numpy())
-        return torch.zeros_like(x)
-
-    first_plain = []
-    edit(spy, x1, source=SOURCE, target=TARGET, method=method, steps=steps, seed=5)
-    noises = found + first_plain[:1]
-    values = np.concatenate([n.ravel() for n in noises])
-    assert abs(values.mean()) < 5 / math.sqrt(values.size)
-    assert abs(values.std() - 1) < 5 / math.sqrt(values.size)
-    assert len({n[0, 0] for n in noises}) == len(noises)
-    return noises
 
 
 def test_flow_edit_draws_what_a_sample_would_draw_alone(x1):
@@ -180,32 +122,6 @@ def test_rf_inversion_error_falls_with_eta(x1):
     assert errors[0] > errors[1] > errors[2] > errors[3] == 0.0
 
 
-def test_rf_inversion_against_the_published_updates_in_numpy(x1):
-    steps, gamma, eta, decay = 8, 0.5, 0.8, 1.5
-    method = RFInversion(gamma=gamma, eta=eta, start=0.25, stop=0.75, decay=decay)
-    got = edit(
-        velocity, x1, source=SOURCE, target=TARGET, method=method, steps=steps, grid=2.0, seed=3
-    )
-    noise = edit(
-        lambda x, t: torch.zeros_like(x), x1, source={}, target={},
-        method=RFInversion(gamma=1.0, eta=0.0), steps=1, seed=3,
-    ).x.numpy()  # fmt: skip
-    assert abs(noise.std() - 1) < 0.2
-    s = np.linspace(1, 0, steps + 1)
-    times, y0 = 1 - 2 * s / (1 + s), x1.numpy()
-    y = y0.copy()
-    for i in range(steps, 0, -1):  # the published time runs from 0 at the data
-        now, dt = 1 - times[i], times[i] - times[i - 1]
-        u, u_c = -in_numpy(y, times[i], "left"), (noise - y) / (1 - now)
-        y = y + dt * (u + gamma * (u_c - u))
-    for i in range(steps):
-        t, dt = times[i], times[i + 1] - times[i]
-        v, v_c = in_numpy(y, t, "right"), (y0 - y) / (1 - t)
-        strength = eta * (1 - i / steps) ** decay if 2 <= i < 6 else 0.0
-        y = y + dt * (v + strength * (v_c - v))
-    np.testing.assert_allclose(got.x.numpy(), y, atol=1e-10)
-
-
 # ---- UniEdit
 
 
@@ -229,40 +145,6 @@ def test_uni_edit_round_trip_has_order_two(x1):
     ]
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes[-1] == pytest.approx(2.0, abs=0.15)
-
-
-def test_uni_edit_against_the_published_update_in_numpy():
-    generator = np.random.default_rng(0)
-    x1 = generator.standard_normal((3, 2, 4, 5))
-    shift = generator.standard_normal((1, 2, 4, 5))
-    omega, steps = 2.0, 5
-
-    def field(x, t, target):
-        return np.sin(3 * x) * (1 - t) + (shift * np.cos(x) if target else 0.1 * x)
-
-    def torch_field(x, t, target):
-        return torch.from_numpy(field(x.numpy(), t[0].item(), target))
-
-    got = edit(
-        torch_field, torch.from_numpy(x1), source={"target": False}, target={"target": True},
-        method=UniEdit(alpha=0.6, omega=omega), steps=steps,
-    )  # fmt: skip
-    times = [0.4, 0.6, 0.8, 1.0]
-    x, u = x1.copy(), field(x1, 1.0, False)
-    for i in (3, 2, 1):
-        dt = times[i - 1] - times[i]
-        u = field(x + dt * u, times[i - 1], False)
-        x = x + dt * u
-    for i in range(3):
-        v_t, v_s = field(x, times[i], True), field(x, times[i], False)
-        size = np.abs(v_t - v_s).mean(1, keepdims=True)
-        least, most = size.min((1, 2, 3), keepdims=True), size.max((1, 2, 3), keepdims=True)
-        m = (size - least) / (most - least + 1e-7)
-        assert m.min() == 0
-        assert m.max() < 1
-        v = m * v_t + (1 - m) * v_s + omega * (1 + m) * (v_t - v_s)
-        x = x + (times[i + 1] - times[i]) * v
-    np.testing.assert_allclose(got.x.numpy(), x, atol=1e-10)
 
 
 def test_mask_is_of_each_sample_and_of_absolute_values():

@@ -104,8 +104,13 @@ def close(result, expected):
     np.testing.assert_allclose(result.x.numpy(), expected, rtol=0, atol=1e-10)
 
 
-every_scale = pytest.mark.parametrize("scales", [(None, None), (None, SCALES[1]), SCALES])
-every_grid = pytest.mark.parametrize("grid", GRIDS)
+def axes(names, *variants, few=1):
+    """Cases of a test: every variant guided on the uneven grid, and ``few`` of them guided otherwise and on
+    the other grid."""
+    cases = [(SCALES, "uneven", *variant) for variant in variants]
+    others = [((None, None), "uneven"), ((None, SCALES[1]), "uneven"), (SCALES, "part")]
+    cases += [(*other, *variant) for other in others for variant in variants[:few]]
+    return pytest.mark.parametrize(("scales", "grid", *names), cases)
 
 
 def levels_of(grid):
@@ -164,20 +169,26 @@ def walk(x, levels, shift, scales, shared, lagged, *, inverting):
     return x
 
 
-@every_scale
-@every_grid
-@pytest.mark.parametrize("steps", [0, 1, 3, 5])
-@pytest.mark.parametrize(
-    ("lagged", "blocks", "mode", "weight"),
-    [
-        (False, [1, 2], "replace", 1.0),
-        (False, [0, 2], "mix", 0.3),
-        (True, [0, 1, 2], "replace", 1.0),
-        (True, [0, 1, 2], "add", 0.4),
-    ],
+@axes(
+    ("lagged", "steps", "blocks", "mode", "weight"),
+    (False, 3, [1, 2], "replace", 1.0),
+    (True, 5, [0, 1, 2], "replace", 1.0),
+    (False, 0, [1, 2], "replace", 1.0),
+    (False, 1, [1, 2], "replace", 1.0),
+    (False, 5, [1, 2], "replace", 1.0),
+    (True, 0, [0, 1, 2], "replace", 1.0),
+    (True, 1, [0, 1, 2], "replace", 1.0),
+    (True, 3, [0, 1, 2], "replace", 1.0),
+    (False, 1, [0, 2], "mix", 0.3),
+    (False, 3, [0, 2], "mix", 0.3),
+    (False, 5, [0, 2], "mix", 0.3),
+    (True, 1, [0, 1, 2], "add", 0.4),
+    (True, 3, [0, 1, 2], "add", 0.4),
+    (True, 5, [0, 1, 2], "add", 0.4),
+    few=2,
 )
 def test_inversion_and_sampling_with_shared_features(
-    x1, scales, grid, steps, lagged, blocks, mode, weight
+    x1, scales, grid, lagged, steps, blocks, mode, weight
 ):
     levels, shared = levels_of(grid), Shared(steps, blocks, mode, weight)
     x = walk(x1, levels[::-1], SOURCE, scales[0], shared, lagged, inverting=True)
@@ -213,10 +224,15 @@ def noises(x1, method, grid):
     return found
 
 
-@every_scale
-@every_grid
-@pytest.mark.parametrize(
-    ("n_max", "n_min", "n_avg"), [(5, 0, 1), (4, 0, 3), (5, 2, 1), (3, 1, 2), (4, 4, 2), (0, 0, 1)]
+@axes(
+    ("n_max", "n_min", "n_avg"),
+    (3, 1, 2),
+    (5, 0, 1),  # all of the steps of the grid "part"
+    (5, 2, 1),
+    (4, 0, 3),
+    (4, 4, 2),
+    (0, 0, 1),
+    few=2,
 )
 def test_flow_edit(x1, scales, grid, n_max, n_min, n_avg):
     method = FlowEdit(n_max=n_max, n_min=n_min, n_avg=n_avg)
@@ -238,44 +254,68 @@ def test_flow_edit(x1, scales, grid, n_max, n_min, n_avg):
             if plain is None:
                 plain = z + (1 - s) * x1 + s * next(drawn) - x1
             plain = plain + (after - s) * guided(plain, s, TARGET, scales[1])
+    assert next(drawn, None) is None
     result = edited(x1, method, grid, scales=scales)
     close(result, z if plain is None else plain)
     calls = [1 if scale is None else 2 for scale in scales]
     assert result.nfe == n_avg * (n_max - n_min) * sum(calls) + n_min * calls[1]
 
 
-@every_scale
-@pytest.mark.parametrize(
-    ("gamma", "eta", "start", "stop", "decay"),
-    [(0.5, 0.9, 0.0, 0.25, 0.0), (0.3, 0.7, 0.2, 0.9, 1.5), (1.0, 0.5, 0.0, 1.0, 0.5), (0.0, 0.0, 0.0, 1.0, 0.0)],
-)  # fmt: skip
-def test_rf_inversion(x1, scales, gamma, eta, start, stop, decay):
-    method = RFInversion(gamma, eta, start, stop, decay)
+def rf_inversion_noise(x1):
+    """The noise that this method steers to, reached by gamma = 1 under a velocity of zero."""
     options = {"method": RFInversion(1.0, 0.0), "steps": 1, "seed": 11}
     still = edit(
         lambda x, t: torch.zeros_like(x), torch.from_numpy(x1), source={}, target={}, **options
     )
-    noise = still.x.numpy()
-    levels = levels_of("uneven")
+    return still.x.numpy()
+
+
+def test_the_noises_are_normal_and_each_its_own(x1):
+    """Of FlowEdit, 13 for a sample, and of RF-Inversion, for 16 samples."""
+    drawn = noises(x1, FlowEdit(n_max=6, n_min=2, n_avg=3), "uneven")
+    assert len(drawn) == 3 * (6 - 2) + 1
+    for found in (np.stack(drawn), rf_inversion_noise(np.zeros((16, TOKENS, SIZE)))):
+        assert abs(found.mean()) < 5 / np.sqrt(found.size)
+        assert abs(found.std() - 1) < 5 / np.sqrt(2 * found.size)
+        assert np.unique(found.round(9)).size == found.size
+
+
+@axes(
+    ("gamma", "eta", "start", "stop", "decay"),
+    (0.3, 0.7, 0.2, 0.9, 1.5),
+    (0.5, 0.9, 0.0, 0.25, 0.0),
+    (1.0, 0.5, 0.0, 1.0, 0.5),
+    (0.0, 0.0, 0.0, 1.0, 0.0),
+)
+def test_rf_inversion(x1, scales, grid, gamma, eta, start, stop, decay):
+    """Published for levels from 1 to 0; the ends of another grid take their places."""
+    method = RFInversion(gamma, eta, start, stop, decay)
+    noise = rf_inversion_noise(x1)
+    levels = levels_of(grid)
     count, y = len(levels) - 1, x1.copy()
     for s, after in pairwise(levels[::-1]):
         u = guided(y, s, SOURCE, scales[0])
-        y = y + (after - s) * (u + gamma * ((noise - y) / (1 - s) - u))
+        y = y + (after - s) * (u + gamma * ((noise - y) / (levels[0] - s) - u))
     for i, (s, after) in enumerate(pairwise(levels)):
         v = -guided(y, s, TARGET, scales[1])
         on = round(start * count) <= i < round(stop * count)
         strength = eta * (1 - i / count) ** decay if on else 0.0
-        y = y + (s - after) * (v + strength * ((x1 - y) / s - v))
-    result = edited(x1, method, "uneven", scales=scales)
+        y = y + (s - after) * (v + strength * ((x1 - y) / (s - levels[-1]) - v))
+    result = edited(x1, method, grid, scales=scales)
     close(result, y)
     calls = [1 if scale is None else 2 for scale in scales]
     assert result.nfe == count * ((gamma < 1) * calls[0] + calls[1])
 
 
-@every_scale
-@every_grid
-@pytest.mark.parametrize(("alpha", "omega"), [(0.6, 5.0), (1.0, 0.0), (0.3, 1.5), (0.01, 2.0)])
-def test_uni_edit(x1, scales, grid, alpha, omega):
+@axes(
+    ("alpha", "omega", "channel_dim"),
+    (0.6, 5.0, 2),
+    (0.6, 2.0, 1),
+    (1.0, 0.0, 2),
+    (0.3, 1.5, 2),
+    (0.01, 2.0, 2),
+)
+def test_uni_edit(x1, scales, grid, alpha, omega, channel_dim):
     levels = levels_of(grid)
     used = max(1, round(alpha * (len(levels) - 1)))
     levels = levels[-used - 1 :]
@@ -285,12 +325,12 @@ def test_uni_edit(x1, scales, grid, alpha, omega):
         x = x + (after - s) * u
     for s, after in pairwise(levels):
         v_t, v_s = guided(x, s, TARGET, scales[1]), guided(x, s, SOURCE, scales[0])
-        size = np.abs(v_t - v_s).mean(2, keepdims=True)
+        size = np.abs(v_t - v_s).mean(channel_dim, keepdims=True)
         least, most = size.min((1, 2), keepdims=True), size.max((1, 2), keepdims=True)
         m = (size - least) / (most - least + 1e-7)
         v = m * v_t + (1 - m) * v_s + omega * (1 + m) * (v_t - v_s)
         x = x + (after - s) * v
-    result = edited(x1, UniEdit(alpha, omega, channel_dim=2), grid, scales=scales)
+    result = edited(x1, UniEdit(alpha, omega, channel_dim=channel_dim), grid, scales=scales)
     close(result, x)
     calls = [1 if scale is None else 2 for scale in scales]
     assert result.nfe == (2 * used + 1) * calls[0] + used * calls[1]
