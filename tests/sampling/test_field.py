@@ -270,5 +270,5 @@ def test_refused_answers_of_the_velocity(velocity, error, message, x0):
 def test_refused_answers_of_solvers_that_call_it_in_their_own_way(solver, x0):
     with pytest.raises(ValueError, match="velocity: must not write into x"):
         sample(lambda x, t: x.flatten(1).neg_().view_as(x), x0, steps=2, solver=solver)
-    with pytest.raises(TypeError, match="velocity: .*float64 only if x is float64"):
+    with pytest.raises(TypeError, match=r"velocity: .*float64 only if x is float64"):
         sample(lambda x, t: x.double(), x0, steps=2, solver=solver)
