@@ -1,6 +1,7 @@
 """Whole pipelines of small random networks, with autoencoders, text encoders and tokenizers, made offline.
 
-Words become numbers by a short list; text encoders are of the pipelines' own kinds."""
+Words become numbers by a short list; text encoders are of the pipelines' own kinds. With `text=False` a pipeline has
+neither and is called with embeddings."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import diffusers
 import diffusers_direct
+import diffusers_direct_video
 import diffusers_dispatched
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -18,11 +20,16 @@ from diffusers_family import Family, build
 WORDS = ("a", "cat", "dog", "on", "grass", "blurry", "[INST]", "[/INST]")
 FLUX = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 UNIPC = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-_FAMILIES = {**diffusers_direct.FAMILIES, **diffusers_dispatched.FAMILIES}
+FAMILIES = {
+    **diffusers_direct.FAMILIES,
+    **diffusers_direct_video.FAMILIES,
+    **diffusers_dispatched.FAMILIES,
+}
 
 
 def network(name: str, **options: Any) -> torch.nn.Module:
-    family = _FAMILIES[name]
+    """A family's network, with some of its options changed."""
+    family = FAMILIES[name]
     return build(Family(family.cls, {**family.options, **options}, family.inputs, family.calls))[0]
 
 
@@ -140,46 +147,49 @@ def flux(
     scheduler: Any = None, cls: str = "FluxPipeline", text: bool = True, **options: Any
 ) -> Any:
     """FLUX.1-dev, that is, with an embedding of the guidance scale; schnell with guidance_embeds=False."""
-    encoders = {
-        "text_encoder": clip(),
-        "tokenizer": tokenizer(),
-        "text_encoder_2": t5(),
-        "tokenizer_2": tokenizer(),
+    parts = {
+        "text_encoder": clip,
+        "tokenizer": tokenizer,
+        "text_encoder_2": t5,
+        "tokenizer_2": tokenizer,
     }
     return getattr(diffusers, cls)(
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(**FLUX),
         vae=vae(),
         transformer=network("Flux", **{"in_channels": 16, "guidance_embeds": True, **options}),
-        **(encoders if text else dict.fromkeys(encoders)),
+        **{name: make() if text else None for name, make in parts.items()},
     )
 
 
-def flux2(scheduler: Any = None, cls: str = "Flux2Pipeline", **options: Any) -> Any:
+def flux2(
+    scheduler: Any = None, cls: str = "Flux2Pipeline", text: bool = True, **options: Any
+) -> Any:
     return getattr(diffusers, cls)(
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(**FLUX),
         vae=flux2_vae(),
         transformer=network("Flux2", in_channels=16, joint_attention_dim=48, **options),
-        text_encoder=mistral(),
-        tokenizer=tokenizer(),
+        text_encoder=mistral() if text else None,
+        tokenizer=tokenizer() if text else None,
     )
 
 
-def sd3(scheduler: Any = None, cls: str = "StableDiffusion3Pipeline") -> Any:
-    names = ("", "_2")
-    encoders = {f"text_encoder{name}": clip(projected=True) for name in names}
-    tokenizers = {f"tokenizer{name}": tokenizer() for name in names}
+def sd3(
+    scheduler: Any = None, cls: str = "StableDiffusion3Pipeline", text: bool = True, **parts: Any
+) -> Any:
+    """`parts` in place of its own."""
+    names = ("", "_2", "_3")
+    encoders = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in names)
+    if text:
+        encoders = {f"tokenizer{name}": tokenizer() for name in names}
+        encoders |= {f"text_encoder{name}": clip(projected=True) for name in names[:2]}
+        encoders["text_encoder_3"] = t5()
     return getattr(diffusers, cls)(
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
-        transformer=network("SD3"),
-        **encoders,
-        **tokenizers,
-        text_encoder_3=t5(),
-        tokenizer_3=tokenizer(),
+        **{"vae": vae(), "transformer": network("SD3"), **encoders, **parts},
     )
 
 
-def wan(scheduler: Any = None, cls: str = "WanPipeline", **options: Any) -> Any:
+def wan(scheduler: Any = None, cls: str = "WanPipeline", text: bool = True, **options: Any) -> Any:
     # The pipeline repairs the text of prompts by ftfy, which these prompts do not need.
     for module in (pipeline_wan, pipeline_wan_video2video):
         if not hasattr(module, "ftfy"):
@@ -188,7 +198,7 @@ def wan(scheduler: Any = None, cls: str = "WanPipeline", **options: Any) -> Any:
         scheduler=scheduler or UniPCMultistepScheduler(**UNIPC),
         vae=wan_vae(),
         transformer=network("Wan"),
-        text_encoder=t5("UMT5"),
-        tokenizer=tokenizer(),
+        text_encoder=t5("UMT5") if text else None,
+        tokenizer=tokenizer() if text else None,
         **options,
     )

@@ -17,11 +17,10 @@ pytest.importorskip(
 )
 
 import diffusers
-import diffusers_direct
-import diffusers_direct_video
-import diffusers_dispatched
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers_family import Family, build
+from diffusers_pipes import network, vae
+from schedulers_cases import RULES
+from schedulers_cases import made as scheduler_of
 
 from rfkernels.integrations import diffusers as rfd
 
@@ -30,25 +29,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi, in float32
 ]
-FAMILIES = {
-    **diffusers_direct.FAMILIES,
-    **diffusers_direct_video.FAMILIES,
-    **diffusers_dispatched.FAMILIES,
-}
-SOLVERS = {
-    "euler": rfd.RFEulerScheduler,
-    "heun": rfd.RFHeunScheduler,
-    "midpoint": rfd.RFMidpointScheduler,
-    "fireflow": rfd.RFFireFlowScheduler,
-    "ab2": rfd.RFMultistepScheduler,
-    "dpm++": functools.partial(rfd.RFMultistepScheduler, algorithm="dpm++", solver_order=3),
-    "unipc": functools.partial(rfd.RFMultistepScheduler, algorithm="unipc", solver_order=3),
-}
-KEEPING = ["heun", "midpoint", "dpm++", "unipc"]  # that need a sample again in a later call
+KEEPING = ["Heun", "Midpoint", "dpm++", "unipc"]  # that need a sample again in a later call
 
 
 def begun(solver):
-    scheduler = SOLVERS[solver]()
+    order = {"solver_order": 3} if solver in ("dpm++", "unipc") else {}
+    scheduler = scheduler_of(solver, **order)
     scheduler.set_timesteps(6)
     return scheduler
 
@@ -66,11 +52,11 @@ def walked(scheduler, x):
 # --- states that are written over ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("width", [2, 5])
+@pytest.mark.parametrize("solver", RULES)
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_a_part_that_is_written_over(solver, width, mode):
+def test_a_part_that_is_written_over(solver, mode):
     """Kandinsky 5 and SkyReels V2 hold the state within a tensor and write each new one into its place."""
+    width = 2
     start = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     expected = walked(begun(solver), start[:, :width].clone())
     scheduler = begun(solver)
@@ -83,7 +69,7 @@ def test_a_part_that_is_written_over(solver, width, mode):
     assert torch.equal(whole[:, width:], start[:, width:])
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", RULES)
 def test_a_whole_state_that_is_written_over(solver):
     """Of this no copy is kept; who needs it again says so."""
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
@@ -123,7 +109,7 @@ def test_copies_in_the_middle_of_a_step_go_on_alone(solver, copied):
 # --- what is asked of every scheduler ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", RULES)
 def test_what_pipelines_ask_of_their_scheduler(solver):
     scheduler = begun(solver)
     assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # EasyAnimate, Bria
@@ -151,16 +137,6 @@ def words(width=32):
 
 def masked():
     return {"prompt_embeds": words(), "prompt_attention_mask": torch.ones(1, 7).bool()}
-
-
-def autoencoder():
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
 
 
 ALONE = {"guidance_scale": 1.0}
@@ -237,15 +213,13 @@ PIPELINES = {
 @functools.cache
 def pipeline(name):
     cls, options, config, _ = PIPELINES[name]
-    family = FAMILIES[name]
-    family = Family(family.cls, {**family.options, **options}, family.inputs, family.calls)
     parts = inspect.signature(cls.__init__).parameters.values()
     given = {
         part.name: None for part in parts if part.default is part.empty and part.name != "self"
     }
-    given |= {"vae": autoencoder()} if name == "Bria" else {}
+    given |= {"vae": vae()} if name == "Bria" else {}
     given |= {
-        "transformer": build(family)[0],
+        "transformer": network(name, **options),
         "scheduler": FlowMatchEulerDiscreteScheduler(**config),
     }
     made = cls(**given)
@@ -276,7 +250,7 @@ def test_pipelines_run_with_any_of_ours(name):
     few = call(name, theirs, 3)
     assert few.isfinite().all()
     assert torch.equal(call(name, rfd.RFEulerScheduler.from_config(config), 3), few)
-    many = call(name, theirs, 60)
+    many = call(name, theirs, 30)
     for cls in (
         rfd.RFHeunScheduler,
         rfd.RFMidpointScheduler,
@@ -289,11 +263,10 @@ def test_pipelines_run_with_any_of_ours(name):
 
 def test_times_that_a_pipeline_cuts_off():
     """SkyReels V2 forces frames on times of their own, made of the scheduler's by `long()`, each with a scheduler's copy."""
-    family = FAMILIES["SkyReelsV2"]
     pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
         tokenizer=None,
         text_encoder=None,
-        transformer=build(family)[0],
+        transformer=network("SkyReelsV2"),
         vae=None,
         scheduler=rfd.RFMidpointScheduler(shift=5.0),
     )
@@ -316,7 +289,7 @@ def test_times_that_a_pipeline_cuts_off():
     with pytest.raises(ValueError, match="timestep must be an entry of timesteps"):
         run(2)
     pipe.scheduler = rfd.RFEulerScheduler(shift=5.0, integer_timesteps=True)
-    few, many = run(3), run(60)
+    few, many = run(3), run(30)
     for cls in (rfd.RFHeunScheduler, rfd.RFMidpointScheduler, rfd.RFFireFlowScheduler):
         pipe.scheduler = cls(shift=5.0, integer_timesteps=True)
         assert (run(12) - many).norm() < (few - many).norm(), cls

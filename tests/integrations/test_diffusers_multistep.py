@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
 import numpy as np
@@ -168,6 +169,27 @@ def test_dpm_integrates_polynomials_in_the_log_ratio(order, kind):
 # Orders
 
 
+MIXTURE = GaussianMixtureFlow([[1.0, 0.5], [-0.5, -1.0]], [0.6, 0.8])
+COUNTS = [16, 32, 64, 128]
+
+
+def mixing(x, sigma):
+    return -MIXTURE(x, 1 - sigma)
+
+
+def noises():
+    return torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@functools.cache
+def mixed():
+    """(the end of the exact flow from these noises, Euler's errors there)."""
+    reference = made("Midpoint")
+    reference.set_timesteps(sigmas=np.linspace(1, 1 / 2048, 2048))
+    truth, _ = run(reference, mixing, noises())
+    return truth, slopes("Euler", mixing, noises(), truth, COUNTS)[1]
+
+
 def slopes(name, field, x, truth, counts, **config):
     errors, calls = [], []
     for n in counts:
@@ -193,26 +215,16 @@ def slopes(name, field, x, truth, counts, **config):
 )
 def test_order_of_convergence(name, order, extra):
     """Noise to data along the exact flow to a Gaussian mixture, in float64; every solver, NFE counted."""
-    flow = GaussianMixtureFlow([[1.0, 0.5], [-0.5, -1.0]], [0.6, 0.8])
-    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def field(x, sigma):
-        return -flow(x, 1 - sigma)
-
-    reference = made("Midpoint")
-    reference.set_timesteps(sigmas=np.linspace(1, 1 / 2048, 2048))
-    truth, _ = run(reference, field, x)
-    counts = [16, 32, 64, 128]
-    rates, errors, calls = slopes(name, field, x, truth, counts)
+    truth, euler = mixed()
+    rates, errors, calls = slopes(name, mixing, noises(), truth, COUNTS)
     # In lambda the last steps never become small, and DPM-Solver++ loses a logarithm of the steps there.
     assert rates[-2:].min() > order - (0.5 if name == "dpm++" else 0.25)
     assert rates[-1] < order + 0.6 or name == "unipc"
     if extra is not None:
-        assert calls == [n + extra for n in counts]
+        assert calls == [n + extra for n in COUNTS]
     else:
-        assert calls == [2 * n - (name == "Heun") for n in counts]
+        assert calls == [2 * n - (name == "Heun") for n in COUNTS]
     if order == 2:
-        euler = slopes("Euler", field, x, truth, counts)[1]
         assert errors[0] < euler[2]  # 16 steps are better than 64 of Euler
 
 

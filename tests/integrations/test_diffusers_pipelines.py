@@ -14,21 +14,19 @@ pytest.importorskip(
 )
 
 import diffusers
-import diffusers_direct
-import diffusers_dispatched
+import diffusers_pipes
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers_family import Family, build
+from diffusers_pipes import FLUX, UNIPC, network
+from schedulers_cases import CLASSES, cls_of
 
 import rfkernels as rf
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.integrations import diffusers as rfd
 
-FAMILIES = {**diffusers_direct.FAMILIES, **diffusers_dispatched.FAMILIES}
 # diffusers' own: it warns of a class of its own
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-FLUX = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 LTX = {
     "use_dynamic_shifting": True,
     "base_shift": 0.95,
@@ -36,35 +34,6 @@ LTX = {
     "base_image_seq_len": 1024,
     "shift_terminal": 0.1,
 }
-ALL = ["Euler", "Heun", "Midpoint", "FireFlow", "Multistep"]
-
-
-def cls_of(name):
-    return getattr(rfd, f"RF{name}Scheduler")
-
-
-def network(name, **options):
-    family = FAMILIES[name]
-    return build(Family(family.cls, {**family.options, **options}, family.inputs, family.calls))[0]
-
-
-AUTOENCODER = {
-    "block_out_channels": (8, 8, 8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "sample_size": 32,
-}
-
-
-def vae():
-    """A picture of 32 x 32 from latents of 4 x 4, 4 channels."""
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(**AUTOENCODER, shift_factor=0.0609, scaling_factor=1.5035).eval()
 
 
 def ltx_vae():
@@ -82,45 +51,6 @@ def ltx_vae():
     ).eval()
 
 
-def flux(scheduler):
-    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    network_of_it = network("Flux", in_channels=16)
-    return diffusers.FluxPipeline(
-        scheduler=scheduler, vae=vae(), transformer=network_of_it, **nothing
-    )
-
-
-def flux2(scheduler):
-    torch.manual_seed(0)
-    return diffusers.Flux2Pipeline(
-        scheduler=scheduler,
-        vae=diffusers.AutoencoderKLFlux2(**AUTOENCODER).eval(),
-        transformer=network("Flux2", in_channels=16),
-        text_encoder=None,
-        tokenizer=None,
-    )
-
-
-def sd3(scheduler, transformer=None):
-    names = (
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-        "text_encoder_3",
-        "tokenizer_3",
-    )
-    transformer = network("SD3") if transformer is None else transformer
-    return diffusers.StableDiffusion3Pipeline(
-        scheduler=scheduler, vae=vae(), transformer=transformer, **dict.fromkeys(names)
-    )
-
-
-def wan(scheduler):
-    nothing = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
-    return diffusers.WanPipeline(scheduler=scheduler, transformer=network("Wan"), **nothing)
-
-
 def ltx(scheduler, cls=diffusers.LTXPipeline):
     nothing = dict.fromkeys(("text_encoder", "tokenizer"))
     return cls(scheduler=scheduler, vae=ltx_vae(), transformer=network("LTX"), **nothing)
@@ -133,7 +63,8 @@ def call(pipe, steps=4, **options):
     """Latents (or what output_type says) of a run with fixed embeddings and noise."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
-    text = torch.randn(1, 7, 32, generator=generator)
+    width = 48 if isinstance(pipe, diffusers.Flux2Pipeline) else 32
+    text = torch.randn(1, 7, width, generator=generator)
     arguments = {
         "prompt_embeds": text,
         "num_inference_steps": steps,
@@ -153,6 +84,10 @@ def call(pipe, steps=4, **options):
     return pipe(**{**arguments, **options}, return_dict=False)[0]
 
 
+flux, flux2, sd3, wan = (
+    functools.partial(getattr(diffusers_pipes, name), text=False)
+    for name in ("flux", "flux2", "sd3", "wan")
+)
 CASES = {
     "Flux": (flux, FLUX),
     "Flux2": (flux2, FLUX),
@@ -178,11 +113,11 @@ def test_the_same_latents_as_with_the_scheduler_of_diffusers(name):
 @functools.cache
 def many_euler_steps(name):
     make, config = CASES[name]
-    return call(make(FlowMatchEulerDiscreteScheduler(**config)), 160)
+    return call(make(FlowMatchEulerDiscreteScheduler(**config)), 80)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("scheduler", ALL[1:])
+@pytest.mark.parametrize("scheduler", CLASSES[1:])
 def test_other_schedulers_run_and_agree(name, scheduler):
     """All of them go to the same flow's end, where Euler comes with many steps."""
     make, config = CASES[name]
@@ -216,8 +151,7 @@ def test_tokens_have_times_of_their_own(strength):
 
 
 def test_wan_keeps_the_shift_of_its_multistep_scheduler():
-    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0}
-    pipe = wan(UniPCMultistepScheduler(**config))
+    pipe = wan(UniPCMultistepScheduler(**{**UNIPC, "flow_shift": 5.0}))
     expected = call(pipe, 6)
     pipe.scheduler = rfd.RFMultistepScheduler.from_config(
         pipe.scheduler.config, integer_timesteps=True
@@ -230,7 +164,7 @@ def test_wan_keeps_the_shift_of_its_multistep_scheduler():
 
 @pytest.mark.parametrize(
     ("name", "scheduler"),
-    [*(("Flux", name) for name in ALL), ("Flux2", "Midpoint"), ("LTX", "Multistep")],
+    [*(("Flux", name) for name in CLASSES), ("Flux2", "Midpoint"), ("LTX", "Multistep")],
 )
 def test_a_pipeline_is_saved_and_loaded(name, scheduler, tmp_path):
     make, config = CASES[name]
@@ -254,7 +188,7 @@ def test_a_pipeline_is_saved_and_loaded(name, scheduler, tmp_path):
     assert type(replaced.scheduler) is cls_of("Euler")
 
 
-@pytest.mark.parametrize("scheduler", ALL)
+@pytest.mark.parametrize("scheduler", CLASSES)
 @pytest.mark.parametrize("name", ["Flux", "SD3"])
 def test_image_to_image_begins_midway(name, scheduler):
     """The pipeline skips entries of the schedule by `order` and mixes noise in at the first one left."""
@@ -297,7 +231,7 @@ class ExactTransformer(ModelMixin, ConfigMixin):
 
 def test_fewer_calls_for_the_same_error():
     network_of_it = ExactTransformer()
-    pipe = sd3(FlowMatchEulerDiscreteScheduler(shift=3.0), network_of_it)
+    pipe = sd3(FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=network_of_it)
     config = pipe.scheduler.config
 
     def measured(cls, steps, **options):
