@@ -178,8 +178,15 @@ def test_against_k_diffusion(rule, sigmas, batch):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("of_levels", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "of_levels"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float64),
+    ],
+)
 def test_dtypes_and_gradients(name, dtype, of_levels):
     """A float64 schedule does not widen the model's float32 arithmetic; weights do not make a graph."""
     weight, seen = torch.nn.Parameter(torch.tensor(0.3)), set()
