@@ -187,7 +187,7 @@ def test_the_grid_is_the_pipelines(name, cls, config):
     sampled(pipe, name, noise(name), num_inference_steps=7)
     sigmas = dict.fromkeys(pipe.scheduler.sigmas.tolist())
     assert method.setting.times == tuple(1 - sigma for sigma in sigmas)
-    assert len(sigmas) == 7 if config.get("final_sigmas_type") else 8
+    assert len(sigmas) == (7 if config.get("final_sigmas_type") else 8)
 
 
 def test_a_dynamic_shift_depends_on_the_size():
