@@ -77,9 +77,14 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder)
-    for old in steps_on_disk(folder)[:-keep]:
-        _discard(folder / f"step-{old}")
+    prune(folder, step, keep=keep)
     return folder / f"step-{step}"
+
+
+def prune(folder: Path, newest: int, *, keep: int) -> None:
+    """Removes all but `keep` checkpoints of those up to step `newest`, which is whole."""
+    for old in [step for step in steps_on_disk(folder) if step <= newest][:-keep]:
+        _discard(folder / f"step-{old}")
 
 
 def _discard(folder: Path) -> None:

@@ -291,6 +291,9 @@ class Trainer:
         found = checkpoints.latest(self.run.checkpoints)
         if found is None:
             return None
+        # Killed between writing its last checkpoint and removing the oldest, a run has one too many.
+        keep = self.config.keep_checkpoints
+        on_first(lambda: checkpoints.prune(self.run.checkpoints, found.step, keep=keep))
         try:
             _load(self.model, found.tensors("model"))
         except (RuntimeError, ValueError) as error:

@@ -3,6 +3,7 @@ weights, bit for bit."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def test_damaged_newest_checkpoint_resumes_from_the_one_before(tmp_path):
     with pytest.warns(UserWarning, match=r"ema.safetensors is damaged.*using .*step-15"):
         resumed = run(tmp_path / "a", resume=True)
     assert_same(state(whole), state(resumed))
+
+
+def test_killed_before_the_oldest_checkpoint_went(tmp_path):
+    run(tmp_path / "a")
+    folder = tmp_path / "a" / "checkpoints"
+    kept = sorted(p.name for p in folder.iterdir())
+    assert len(kept) == 3
+    shutil.copytree(folder / "step-10", folder / "step-5")
+    run(tmp_path / "a", resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == kept
+    # What stands beyond damaged ones is all there is.
+    shutil.copytree(folder / "step-10", folder / "step-8")
+    for damaged in ("step-15", "step-20"):
+        (folder / damaged / "ema.safetensors").write_bytes(b"gone")
+    with pytest.warns(UserWarning, match="using .*step-10"):
+        run(tmp_path / "a", resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == kept
 
 
 def press():
