@@ -12,59 +12,45 @@ and x itself is only written where it is asked for, at the end and for a traject
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from rfkernels.sampling.field import Field
-from rfkernels.sampling.run import Run, Solution
+from rfkernels.sampling.field import Field, State
+from rfkernels.sampling.fixed import FixedStepSolver, Step
+from rfkernels.sampling.run import Run
 
 __all__ = ["FireFlow", "UniInv"]
 
 
-class _Lagged:
-    adaptive: ClassVar[bool] = False
-    stochastic: ClassVar[bool] = False
+class _Lagged(FixedStepSolver):
     evaluations: ClassVar[int] = 2
-    tensors: ClassVar[int] = 0
-    per_step: ClassVar[int] = 1
     besides: ClassVar[int] = 1
     theta: ClassVar[float]
 
-    def integrate(self, field: Field, x0: Tensor, run: Run) -> Solution:
-        """Walk ``run.times`` from x0; see :class:`rfkernels.sampling.run.Solver`."""
-        field.reserve(self.evaluations)
-        theta, times, count = self.theta, run.times, len(run.times) - 1
-        state = field.start(x0)
-        kept = [x0]
-        wanted = run.keep_trajectory or run.callback is not None
-        moving = field.moving(times)
-        for index in range(count):
-            start, end = times[index], times[index + 1]
-            dt = end - start
-            if index in moving:
-                if index == moving.start:
-                    lagging = field(state, start)
-                    ahead = field.advance(state.x, [(theta * dt, lagging)])
-                # Exactly the end of the step for theta = 1.
-                velocity = field(ahead, end if theta == 1 else start + theta * dt)
-                back = (-theta * dt, lagging)
-                last = index + 1 == moving.stop
-                if last or wanted:
-                    state = field.advance(ahead.x, [(dt, velocity), back])
-                if not last:
-                    reach = theta * (times[index + 2] - end)
-                    ahead = field.advance(ahead.x, [(dt + reach, velocity), back])
-                lagging = velocity
-            if run.keep_trajectory:
-                kept.append(state.model_input)
-            if run.callback is not None:
-                run.report(index, field.time(end, state), state.model_input)
-            run.progress((index + 1) / count)
-        trajectory = torch.stack(kept) if run.keep_trajectory else None
-        return Solution(state.model_input if moving else x0.clone(), field.calls, trajectory)
+    def begin(self, field: Field, state: State, times: Sequence[float], run: Run) -> list[Any]:
+        """The grid, and whether x is wanted after every step; p and u once they are known."""
+        return [times, run.keep_trajectory or run.callback is not None]
+
+    def step(self, field: Field, state: State, interval: Step, history: list[Any]) -> State:
+        """x after the interval where it is wanted, else as it was; p and u go on in the history."""
+        theta, dt, (times, wanted, *walk) = self.theta, interval.dt, history
+        if walk:
+            ahead, lagging = walk
+        else:
+            lagging = field(state, interval.start)
+            ahead = field.advance(state.x, [(theta * dt, lagging)])
+        # Exactly the end of the step for theta = 1.
+        velocity = field(ahead, interval.end if theta == 1 else interval.start + theta * dt)
+        back = (-theta * dt, lagging)
+        last = interval.left == 1
+        if last or wanted:
+            state = field.advance(ahead.x, [(dt, velocity), back])
+        if not last:
+            reach = theta * (times[interval.index + 2] - interval.end)
+            ahead = field.advance(ahead.x, [(dt + reach, velocity), back])
+        history[2:] = ahead, velocity
+        return state
 
 
 @dataclass(frozen=True)
