@@ -103,6 +103,16 @@ def check_seed(caller: str, seed: int | Tensor, x: Tensor) -> int | Tensor:
     return seed
 
 
+def check_steps(caller: str, steps: object) -> int:
+    """An integer from 1, bool excepted."""
+    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
+        raise TypeError(f"{caller}: steps must be an integer; got {type(steps).__name__}")
+    steps = operator.index(steps)
+    if steps < 1:
+        raise ValueError(f"{caller}: steps must be at least 1; got {steps}")
+    return steps
+
+
 def make_times(
     caller: str, grid: object, steps: int | None, t_start: float, t_end: float, solver: Solver
 ) -> tuple[float, ...]:
@@ -114,11 +124,7 @@ def make_times(
             f"got {start} and {end}"
         )
     if steps is not None:
-        if isinstance(steps, bool) or not hasattr(steps, "__index__"):
-            raise TypeError(f"{caller}: steps must be an integer; got {type(steps).__name__}")
-        steps = operator.index(steps)
-        if steps < 1:
-            raise ValueError(f"{caller}: steps must be at least 1; got {steps}")
+        steps = check_steps(caller, steps)
     elif grid is None:
         if not solver.adaptive:
             raise ValueError(f"{caller}: steps must be given with solver {solver.name!r}; got None")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 from rfkernels.editing import FlowEdit, Method, get_method
+from rfkernels.sampling.arguments import check_steps
 
 __all__ = ["CFG", "EMBEDDED", "UNGUIDED", "Published", "published", "with_defaults"]
 
@@ -61,13 +61,7 @@ def with_defaults(
     """
     found = get_method(method)
     defaults = published(found.name, guidance)
-    if steps is None:
-        steps = defaults.steps
-    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
-        raise TypeError(f"edit: steps must be an integer; got {type(steps).__name__}")
-    steps = operator.index(steps)
-    if steps < 1:
-        raise ValueError(f"edit: steps must be at least 1; got {steps}")
+    steps = check_steps("edit", defaults.steps if steps is None else steps)
     if method == FlowEdit.name and guidance == CFG:
         found = FlowEdit(n_max=round(steps * _TAKEN_WITH_CFG))
     return found, steps, defaults
