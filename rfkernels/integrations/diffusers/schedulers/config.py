@@ -39,6 +39,8 @@ _FLOW_MATCH_FIELDS = {
     "scale_factors",
     "upscale_mode",
 }
+# Variants of the rules, their defaults first.
+KINDS = {DPM: ("midpoint", "heun"), UNIPC: ("bh2", "bh1")}
 OURS = ("grid", "algorithm")  # which say how a scheduler of ours reads the rest
 FINAL_SIGMAS = ("zero", "sigma_min")
 
@@ -161,11 +163,10 @@ def _is_unipc(config: Mapping[str, Any]) -> bool:
 def solver(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of RFMultistepScheduler's solver in a multistep config of diffusers, adapted; DEIS and SA-Solver become
     "dpm++"."""
-    unipc = config["grid"] == UNIPC
-    known = ("bh2", "bh1") if unipc else ("midpoint", "heun")
-    kind = config.get("solver_type")
+    algorithm, kind = config["grid"], config.get("solver_type")
+    known = KINDS[algorithm]
     return {
-        "algorithm": "unipc" if unipc else "dpm++",
+        "algorithm": algorithm,
         "solver_order": config.get("solver_order", config.get("predictor_order", 2)),
         # Another family's means the default to diffusers, too.
         "solver_type": kind if kind in known else known[0],

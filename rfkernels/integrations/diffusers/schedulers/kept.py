@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from rfkernels.sampling.field import writes
+
 
 class Kept:
     """A sample as it was in the call that kept it.
@@ -18,10 +20,7 @@ class Kept:
         # Made in inference mode, parts cannot be told and changes are not counted.
         copied = sample._base is not None or sample.is_inference()
         self._sample = sample.clone() if copied else sample
-        self._version = self._changes()
-
-    def _changes(self) -> int:
-        return 0 if self._sample.is_inference() else self._sample._version
+        self._writes = writes(self._sample)
 
     def get(self, scheduler: object) -> torch.Tensor:
         """The sample.
@@ -29,7 +28,7 @@ class Kept:
         Raises:
             RuntimeError: it was written over; the message names the scheduler.
         """
-        if self._changes() != self._version:
+        if writes(self._sample) != self._writes:
             raise RuntimeError(
                 f"{type(scheduler).__name__}.step: sample must not be written over while it is still needed; "
                 "got one that was (pass a copy of it)"
@@ -38,4 +37,4 @@ class Kept:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._version = self._changes()  # a copy of a tensor counts anew
+        self._writes = writes(self._sample)  # a copy of a tensor counts anew

@@ -9,12 +9,18 @@ from diffusers.configuration_utils import register_to_config
 
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
-from rfkernels.integrations.diffusers.schedulers.config import FLOW_MATCH, solver
+from rfkernels.integrations.diffusers.schedulers.config import (
+    DPM,
+    FLOW_MATCH,
+    KINDS,
+    UNIPC,
+    solver,
+)
 from rfkernels.integrations.diffusers.schedulers.kept import Kept
 from rfkernels.sampling import multistep as rules
 
-AB2, DPM, UNIPC = ALGORITHMS = ("ab2", "dpm++", "unipc")
-_KINDS = {DPM: ("midpoint", "heun"), UNIPC: ("bh2", "bh1")}
+AB2 = "ab2"
+ALGORITHMS = (AB2, DPM, UNIPC)
 _MAX_ORDER = 3
 # What diffusers' multistep schedulers have besides; None where a config has no such field.
 _TAKEN = {
@@ -99,10 +105,10 @@ class RFMultistepScheduler(FlowScheduler):
             )
         if solver_type is None:
             # For "ab2", too: diffusers' schedulers read no None.
-            self.register_to_config(solver_type=_KINDS.get(algorithm, _KINDS[DPM])[0])
-        elif solver_type not in _KINDS.get(algorithm, (solver_type,)):
+            self.register_to_config(solver_type=KINDS.get(algorithm, KINDS[DPM])[0])
+        elif algorithm != AB2 and solver_type not in KINDS[algorithm]:
             raise ValueError(
-                f"RFMultistepScheduler: solver_type of {algorithm!r} must be one of {_KINDS[algorithm]}; "
+                f"RFMultistepScheduler: solver_type of {algorithm!r} must be one of {KINDS[algorithm]}; "
                 f"got {solver_type!r}"
             )
         if invert_sigmas and algorithm != AB2:
@@ -121,8 +127,8 @@ class RFMultistepScheduler(FlowScheduler):
             config |= solver(config)
         algorithm = config.get("algorithm", AB2)
         if overrides.get("algorithm", algorithm) != algorithm:
-            kind = config.get("solver_type")
-            if kind not in _KINDS.get(overrides["algorithm"], (kind,)):
+            known = KINDS.get(overrides["algorithm"])
+            if known is not None and config.get("solver_type") not in known:
                 config.pop("solver_type", None)
             return config
         for field, allowed in _TAKEN.items():
