@@ -63,8 +63,8 @@ class RFEdit:
         down = setting.run(setting.times[::-1], 0.0, 0.5)
         up = setting.run(setting.times, 0.5, 1.0)
         inverted = solver.integrate(source, setting.x1, down)
-        if features is not None and features.blocks != () and source.tapped:
-            _check_kept(setting.bank)
+        if features is not None:
+            _check_kept(source)
         target.carried = source.last
         return solver.integrate(target, inverted.x, up).x
 
@@ -79,9 +79,10 @@ class FireFlowEdit(RFEdit):
     solver: str | Solver = "fireflow"
 
 
-def _check_kept(bank: Bank) -> None:
-    """Refuses to go on without anything to share, which no result would tell."""
-    if not bank.kept:
+def _check_kept(source: TappedField) -> None:
+    """Refuses to go on where blocks were to share and none did, which no result would tell."""
+    bank = source.bank
+    if bank.features.blocks != () and source.tapped and not bank.kept:
         raise ValueError(
             "features: blocks must run when the velocity is called, in the thread that calls it; "
             "none of them did in the steps that share"

@@ -252,7 +252,7 @@ def _call_flux2(
     owner: DiffusersNetwork, x: Tensor, timestep: Tensor, condition: dict[str, Any]
 ) -> Tensor:
     """Latents (B, C, H, W), one token for each place; words have places along a fourth axis."""
-    _require_latents(owner, x, "FLUX.2", "H, W")
+    _require_latents(owner, x, "FLUX.2", ("H", "W"))
     tokens = x.flatten(2).transpose(1, 2)
     condition = _with_ids(owner, tokens, condition, *x.shape[2:], axes=4)
     out = owner.network(hidden_states=tokens, timestep=timestep, **condition, return_dict=False)[0]
@@ -263,7 +263,7 @@ def _call_ltx(
     owner: DiffusersNetwork, x: Tensor, timestep: Tensor, condition: dict[str, Any]
 ) -> Tensor:
     """Latents (B, C, frames, H, W), one token for each place, with the sides of the video."""
-    _require_latents(owner, x, "LTX", "frames, H, W")
+    _require_latents(owner, x, "LTX", ("frames", "H", "W"))
     sides = dict(zip(("num_frames", "height", "width"), x.shape[2:], strict=True))
     usual = {"encoder_attention_mask": None, "rope_interpolation_scale": _LTX_SCALE, **sides}
     tokens = x.flatten(2).transpose(1, 2)
@@ -271,11 +271,11 @@ def _call_ltx(
     return out.transpose(1, 2).reshape(x.shape)
 
 
-def _require_latents(owner: DiffusersNetwork, x: Tensor, kind: str, sides: str) -> None:
+def _require_latents(owner: DiffusersNetwork, x: Tensor, kind: str, sides: tuple[str, ...]) -> None:
     channels = owner.network.config.in_channels
-    if x.dim() != 2 + len(sides.split()) or x.shape[1] != channels:
+    if x.dim() != 2 + len(sides) or x.shape[1] != channels:
         raise ValueError(
-            f"x: {kind} latents must be (B, {channels}, {sides}); got {tuple(x.shape)}"
+            f"x: {kind} latents must be (B, {channels}, {', '.join(sides)}); got {tuple(x.shape)}"
         )
 
 
