@@ -9,29 +9,41 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json_kept", "write_json_whole", "write_whole"]
+__all__ = ["read_json_kept", "replacing", "write_json_whole", "write_whole"]
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A place to write to, hidden beside the file, which takes the file's place if nothing is raised.
+
+    Its name is drawn at random: processes on several machines may have the same number.
+    """
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        handle = os.open(temporary, os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, content: bytes) -> None:
     """Replaces a file atomically.
 
-    The temporary name is drawn at random: processes on several machines may have the same number.
-
     Raises:
         OSError: it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_json_kept(file: Path | None, key: str, value: Any) -> dict[str, Any] | None:

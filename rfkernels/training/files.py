@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed, then renamed into it."""
+"""Files of a run, whole or absent and durable, and their SHA-256."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from rfkernels._whole_file import write_whole
+from rfkernels._whole_file import replacing, write_whole
 
 __all__ = [
     "plain_tensors",
@@ -37,19 +37,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_file(file: Path) -> None:
-    handle = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _beside(file: Path) -> Path:
-    """A temporary name in the same folder; hidden, so that nothing lists it as a finished file."""
-    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
 
 
 def write_lines(file: Path, lines: Iterable[str]) -> None:
@@ -98,16 +85,11 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         OSError: it cannot be written, for instance because the disk is full.
     """
-    temporary = _beside(file)
-    try:
+    with replacing(file) as temporary:
         try:
             save_file(plain_tensors(tensors), temporary)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"{file}: cannot be written ({error})") from error
-        _sync_file(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
 
 
