@@ -10,6 +10,7 @@ from torch import nn
 
 from rfkernels.backends.attention_schemes import PRECISIONS
 from rfkernels.integrations import transformers
+from rfkernels.integrations.compiled import uncompiled
 from rfkernels.integrations.diffusers import processors
 from rfkernels.integrations.diffusers.attention import set_layer
 from rfkernels.models.dit import DiTBlock
@@ -42,7 +43,7 @@ def _set(module: nn.Module, precision: str) -> None:
 
 def attention_layers(model: nn.Module) -> dict[str, str]:
     """{name: precision in force} of the layers that `set_precision` can set, in model order."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes every name
+    model = uncompiled(model)  # whose wrapper prefixes every name
     return {
         name: precision
         for name, module in model.named_modules()
@@ -99,7 +100,7 @@ def set_precision(model: nn.Module, precisions: Mapping[str, str]) -> dict[str, 
                 f"{type(model).__name__}; its layers are {some}{', ...' * (len(layers) > 3)}"
             )
         chosen.update(dict.fromkeys(matched, precision))
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     for name, precision in chosen.items():
         _set(model.get_submodule(name), precision)
     return attention_layers(model)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels.flow.schedules import NoiseSchedule, get_schedule
+from rfkernels.integrations.compiled import uncompiled
 from rfkernels.integrations.diffusers.folders import load_network, read_scheduler
 from rfkernels.models.noise_prediction import PREDICTIONS, NoisePrediction
 
@@ -329,8 +330,7 @@ _FAMILIES = {
 
 
 def _family_of(network: object) -> _Family:
-    inner = getattr(network, "_orig_mod", network)  # of what torch.compile returns
-    for cls in type(inner).__mro__:
+    for cls in type(uncompiled(network)).__mro__:
         if cls.__name__ in _FAMILIES and cls.__module__.startswith("diffusers."):
             return _FAMILIES[cls.__name__]
     raise TypeError(

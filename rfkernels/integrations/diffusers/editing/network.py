@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfkernels.integrations.compiled import uncompiled
 from rfkernels.integrations.diffusers.exchange import allow_exchange
 from rfkernels.integrations.diffusers.velocity import DiffusersNetwork, DiffusersVelocity
 
@@ -42,7 +43,7 @@ class PipelineVelocity(nn.Module):
 def exchanging(networks: Sequence[nn.Module], layers: str | None) -> Iterator[None]:
     """Within it, attention layers of the networks exchange features; see `allow_exchange`. Afterwards
     every layer has the class that it had before."""
-    networks = [getattr(network, "_orig_mod", network) for network in networks]  # if compiled
+    networks = [uncompiled(network) for network in networks]
     classes = [(module, type(module)) for network in networks for module in network.modules()]
     try:
         for network in networks:
