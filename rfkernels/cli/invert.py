@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rfkernels._whole_file import write_whole
-from rfkernels.cli.options import Device, choose_device, given
+from rfkernels.cli.options import Device, Grid, Shift, choose_device, given
 from rfkernels.cli.output import check_file, say
 
 
@@ -35,17 +35,8 @@ def invert(
     solver: Annotated[
         str, typer.Option(help="fireflow, taylor (RF-Solver), heun, ab2, uni-inv, dopri5, ...")
     ] = "fireflow",
-    shift: Annotated[
-        float | None,
-        typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
-            "and kept in its grid.json."
-        ),
-    ] = None,
+    shift: Shift = None,
+    grid: Grid = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale; 1 inverts best.")
     ] = None,

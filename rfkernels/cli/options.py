@@ -16,9 +16,11 @@ from rfkernels.training.run_folder import read_config
 
 __all__ = [
     "Device",
+    "Grid",
     "Quiet",
     "Resume",
     "Settings",
+    "Shift",
     "begun",
     "choose_device",
     "command_line",
@@ -33,6 +35,13 @@ Device = Annotated[
         show_default="cuda if there is one, else cpu",
     ),
 ]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
+        "and kept in its grid.json."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the interrupted run in that folder.")
@@ -44,6 +53,11 @@ Settings = Annotated[
         metavar="NAME=VALUE",
         help="Any other option of TrainConfig, e.g. --set clip_norm=0.5",
     ),
+]
+
+Shift = Annotated[
+    float | None,
+    typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
 ]
 
 

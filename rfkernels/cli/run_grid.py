@@ -72,10 +72,11 @@ def _kept_grid(run: LoadedRun, guidance: float | None, quiet: bool) -> Optimised
         "sha256": read_json(checkpoint / "state.json")["sha256"][f"{run.which}.safetensors"],
         "guidance": guidance,
     }
-    if read_json_kept(file, "made_for", made_for) is not None:
+    kept = read_json_kept(file, "made_for", made_for)
+    if kept is not None:
         try:
-            return OptimisedGrid.load(file)
-        except ValueError:
+            return OptimisedGrid.from_dict({k: v for k, v in kept.items() if k != "made_for"})
+        except (TypeError, ValueError):
             pass  # somebody's edit of the file; the grid can be made again
     grid, cost = _made(run, guidance)
     place = f"kept in {file}"
@@ -102,4 +103,4 @@ def _made(run: LoadedRun, guidance: float | None) -> tuple[OptimisedGrid, int]:
     grid = optimise_grid(
         drawer.velocity, noise, order=_ORDER, evaluations=_EVALUATIONS, **drawer.given(index)
     )
-    return grid, _EVALUATIONS * (1 if guidance is None else 2)
+    return grid, _EVALUATIONS * drawer.calls

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rfkernels._whole_file import write_whole
-from rfkernels.cli.options import Device, choose_device
+from rfkernels.cli.options import Device, Grid, Shift, choose_device
 from rfkernels.cli.output import check_file, console, say
 
 if TYPE_CHECKING:
@@ -45,17 +45,8 @@ def sample(
             show_default="the run's: euler, for most; all with --compare",
         ),
     ] = None,
-    shift: Annotated[
-        float | None,
-        typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
-            "and kept in its grid.json."
-        ),
-    ] = None,
+    shift: Shift = None,
+    grid: Grid = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -131,7 +122,7 @@ def sample(
     )
     options = {"seed": seed, "grid": times, "batch": batch}
     if compare:
-        found = compared(drawer, solver, counts, torch.arange(n), guidance, options)
+        found = compared(drawer, solver, counts, torch.arange(n), options)
         write_whole(out, found.picture)
         if not quiet:
             _show_distances(found, counts)

@@ -56,7 +56,6 @@ def compared(
     solvers: str | None,
     counts: Sequence[int],
     index: torch.Tensor,
-    guidance: float | None,
     options: dict[str, Any],
 ) -> Comparison:
     """The same noises under every solver.
@@ -67,7 +66,6 @@ def compared(
         counts: evaluations of the network; every solver takes as many steps as that allows, and its
             place says so where not even one does. An adaptive solver takes what it needs.
         index: (n,) sample indices.
-        guidance: the scale, which doubles the evaluations of a step.
         options: of `Drawer.draw`: seed, grid, batch.
 
     Raises:
@@ -82,7 +80,7 @@ def compared(
         raise ValueError(f"compare: samples of the shape {drawer.sample_shape} are no pictures")
     require_pictures()
     names = _names(drawer, solvers)
-    each = 1 if guidance in (None, 1.0) else 2
+    each = drawer.calls
     fixed = [name for name in names if not get_solver(name).adaptive]
     cells = [
         [_drawn(drawer, name, count, each, index, options) for count in counts] for name in fixed

@@ -70,6 +70,11 @@ class Drawer:
         self._guidance, self._label = guidance, label
         self._device = next(self.velocity.parameters()).device
 
+    @property
+    def calls(self) -> int:
+        """Calls of the network in one evaluation of the velocity: two where samples are guided."""
+        return 1 if self._guidance in (None, 1.0) else 2
+
     def labels(self, index: torch.Tensor) -> torch.Tensor | None:
         """The labels of these samples, int64; None for a run without."""
         if self.num_classes is None:
