@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -74,6 +75,10 @@ def leave_processes() -> None:
         # can abort the process.
         gc.collect()
         dist.destroy_process_group()
+        # gloo's threads outlive the group where DDP or a DTensor still holds it, and drop the tensors
+        # of the last collective after its result is there. One that asks for the GIL while Python ends
+        # aborts the process (pytorch/pytorch#190489; 1 of 60 processes here): they get it meanwhile.
+        time.sleep(0.2)
 
 
 @functools.cache

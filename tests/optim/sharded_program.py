@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import rfkernels as rf
+from rfkernels.training.processes import leave_processes
 
 
 def orthogonal(g: torch.Tensor, w: torch.Tensor, kind: str) -> torch.Tensor:
@@ -113,7 +114,7 @@ def main() -> None:
     refused(mesh)
     if dist.get_rank() == 0:
         print("sharded: passed")
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":
