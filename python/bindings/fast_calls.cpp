@@ -204,10 +204,8 @@ bool launched(const rfk_tensor& size, std::initializer_list<py::handle> outputs,
 
 const rfk_device kCpu{RFK_CPU, 0, nullptr};
 
-}  // namespace
-
-py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coefficients, py::handle x_coefficient,
-                     py::handle out, py::handle cast) {
+py::object step(int form, py::handle x, py::tuple tensors, py::tuple coefficients, py::handle x_coefficient,
+                py::handle out, py::handle cast) {
   const py::none declined;
   const dlpack::ExchangeApi* api = exchange_api();
   const size_t count = tensors.size();
@@ -276,6 +274,35 @@ py::object fast_step(int form, py::handle x, py::tuple tensors, py::tuple coeffi
   });
   if (!done) return declined;
   return casting ? py::object(py::make_tuple(state, copy)) : state;
+}
+
+PyObject* fast_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 7 || !PyLong_Check(arguments[0]) || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[3])) {
+    PyErr_SetString(PyExc_TypeError, "fast_step: (form, x, tensors, coefficients, x_coefficient, out, cast)");
+    return nullptr;
+  }
+  try {
+    return step(static_cast<int>(PyLong_AsLong(arguments[0])), arguments[1],
+                py::reinterpret_borrow<py::tuple>(arguments[2]), py::reinterpret_borrow<py::tuple>(arguments[3]),
+                arguments[4], arguments[5], arguments[6])
+        .release()
+        .ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void define_fast_step(py::module_& m) {
+  static PyMethodDef methods[] = {
+      {"fast_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_step)), METH_FASTCALL,
+       "See fast_calls.h."},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 
 bool fast_interpolate(py::handle x1, py::handle x0, py::handle t, int path, py::handle seed, py::handle offset,

@@ -179,7 +179,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("random", &random_fill);
   rfk_python::define_attention(m);
   rfk_python::define_projected_update(m);
-  m.def("fast_step", &rfk_python::fast_step);
+  rfk_python::define_fast_step(m);
   m.def("fast_interpolate", &rfk_python::fast_interpolate);
   m.def("flow_loss_workspace", &rfk_flow_loss_workspace, "Doubles of workspace that flow_loss needs.");
   m.def("philox4x32", &philox4x32, "The four words of one counter.");

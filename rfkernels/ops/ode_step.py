@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from rfkernels import _dispatch
 from rfkernels.backends.native import fast_step as _fast
@@ -57,7 +57,7 @@ def euler_step(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or strides that do not fit; the message says which.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         if v_uncond is not None:
             state = _fast(_GUIDED_EULER, x, (v, v_uncond), (dt, guidance_scale), 1.0, out, cast)
         elif guidance_scale is None:
@@ -129,7 +129,7 @@ def taylor_step(
     Raises:
         TypeError, ValueError: as ``euler_step``; also for more than three derivatives or none.
     """
-    if type(derivatives) is tuple and not is_compiling():
+    if type(derivatives) is tuple and not is_dynamo_compiling():
         state = _fast(_TAYLOR, x, derivatives, (dt,), 1.0, out, cast)
         if state is not None:
             return state
@@ -199,7 +199,7 @@ def linear_step(
         and seed is None
         and type(tensors) is tuple
         and type(coefficients) is tuple
-        and not is_compiling()
+        and not is_dynamo_compiling()
     ):
         state = _fast(_LINEAR, x, tensors, coefficients, x_coefficient, out, cast)
         if state is not None:
