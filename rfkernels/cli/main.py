@@ -27,6 +27,7 @@ from rfkernels.cli.invert import invert
 from rfkernels.cli.reflow import reflow
 from rfkernels.cli.sample import sample
 from rfkernels.cli.train import train
+from rfkernels.sampling.run import TolerancesNotReachedError
 from rfkernels.training import TrainingDivergedError
 from rfkernels.training.processes import leave_processes
 
@@ -39,6 +40,7 @@ _EXPECTED = (
     OSError,
     ImportError,
     BackendUnavailableError,
+    TolerancesNotReachedError,
     TrainingDivergedError,
     torch.OutOfMemoryError,
 )

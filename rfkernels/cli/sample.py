@@ -133,19 +133,7 @@ def sample(
     if steps is None and solver != "dopri5":
         steps = 8
     index = torch.arange(n)
-    try:
-        x, cost = drawer.draw(
-            index,
-            steps=steps,
-            solver=solver,
-            progress=not quiet,
-            **options,
-        )
-    except RuntimeError as error:
-        # An adaptive solver that gives up is about this flow and its tolerances; other errors are bugs.
-        if str(error).startswith("dopri5:"):
-            raise ValueError(str(error)) from error
-        raise
+    x, cost = drawer.draw(index, steps=steps, solver=solver, progress=not quiet, **options)
     labels = drawer.labels(index)
     if picture:
         write_whole(out, one_grid(x) if is_image(shape) else point_cloud(x))

@@ -74,6 +74,7 @@ def compared(
     from rfkernels.cli.pictures import COLOURS, grid_table, is_image, require_pictures
     from rfkernels.cli.plots import cloud_table, frame_of
     from rfkernels.sampling import get_solver
+    from rfkernels.sampling.run import TolerancesNotReachedError
 
     picture = is_image(drawer.sample_shape)
     if not picture and drawer.sample_shape != (2,):
@@ -91,9 +92,7 @@ def compared(
     for name in (name for name in names if name not in fixed):
         try:
             exact, cost = drawer.draw(index, solver=name, steps=None, **{**options, "grid": None})
-        except RuntimeError as error:
-            if not str(error).startswith(f"{name}:"):
-                raise
+        except TolerancesNotReachedError:
             rows.append(name)
             cells.append([*[None] * (len(counts) - 1), "does not reach its tolerances"])
             continue

@@ -24,7 +24,7 @@ from torch import Tensor
 from rfkernels.ops.ode_step import linear_step
 from rfkernels.sampling.field import Evaluation, Field, State
 from rfkernels.sampling.row_sums import row_sums
-from rfkernels.sampling.run import Run, Solution
+from rfkernels.sampling.run import Run, Solution, TolerancesNotReachedError
 
 # Dormand and Prince 1980, J. Comput. Appl. Math. 6: nodes, stage weights, the fifth-order result
 # (also stage 7, "first same as last"), and the difference to the embedded fourth-order result.
@@ -128,7 +128,7 @@ class Dopri5:
             if self.finished == "drop" and run.callback is None:
                 batch.drop_finished()
         slowest = int(batch.rows[batch.live][0])
-        raise RuntimeError(
+        raise TolerancesNotReachedError(
             f"dopri5: samples must finish within max_steps, {self.max_steps}; got sample {slowest} "
             "unfinished (loosen rtol and atol, or pass solver=Dopri5(max_steps=...))"
         )
@@ -287,7 +287,7 @@ class _Batch:
         finite = failed & error.isfinite()
         if finite.any():
             row = int(finite.nonzero()[0])
-            raise RuntimeError(
+            raise TolerancesNotReachedError(
                 f"dopri5: rtol={self.solver.rtol}, atol={self.solver.atol} must be reachable with "
                 f"steps above {self.smallest_step:.1e}; got sample {int(self.rows[row])} stuck at "
                 f"t = {float(self.t[row]):.6g} (loosen them, keep away from a singular end by "

@@ -53,6 +53,10 @@ class Run:
             )
 
 
+class TolerancesNotReachedError(RuntimeError):
+    """An adaptive solver gives up: about this flow and its tolerances, not a fault of the solver."""
+
+
 class Solution(NamedTuple):
     """What a solver hands back.
 

@@ -9,7 +9,7 @@ import torch
 from rfkernels.cli import pictures
 from rfkernels.cli.main import main
 from rfkernels.metrics.drawer import Drawer
-from rfkernels.sampling import SOLVERS
+from rfkernels.sampling import SOLVERS, Dopri5
 from rfkernels.training import load
 
 Image = pytest.importorskip("PIL.Image")
@@ -90,15 +90,24 @@ def test_distances_are_those_to_the_adaptive_solver(run, table, tmp_path, capsys
     assert table["rows"] == ["heun"]
 
 
-def test_an_adaptive_solver_that_gives_up_leaves_the_others(run, table, tmp_path, monkeypatch):
-    original = Drawer.draw
+@pytest.fixture
+def _gives_up(monkeypatch):
+    monkeypatch.setitem(SOLVERS, "dopri5", lambda: Dopri5(max_steps=1))
 
-    def draw(self, index, **options):
-        if options["solver"] == "dopri5":
-            raise RuntimeError("dopri5: too many steps")
-        return original(self, index, **options)
 
-    monkeypatch.setattr(Drawer, "draw", draw)
+@pytest.mark.usefixtures("_gives_up")
+@pytest.mark.parametrize("command", ["sample", "invert"])
+def test_an_adaptive_solver_that_gives_up_is_one_line(command, run, tmp_path, capsys):
+    images = ["--in", "digits", "-n", "1"] if command == "invert" else ["-n", "1"]
+    out = tmp_path / "x.npz"
+    assert main([command, str(run), *images, "--solver", "dopri5", "--out", str(out), "-q"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rfkernels {command}: dopri5: samples must finish within max_steps, 1;")
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("_gives_up")
+def test_an_adaptive_solver_that_gives_up_leaves_the_others(run, table, tmp_path):
     assert compare(run, tmp_path / "x.png", "--solver", "euler,dopri5", "--nfe", "2") == 0
     assert table["rows"] == ["euler", "dopri5"]
     assert table["cells"][1] == ["does not reach its tolerances"]
