@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rfkernels.editing.setting import Setting, parts_of
+from rfkernels.editing.setting import Setting
 from rfkernels.ops.ode_step import linear_step
 from rfkernels.sampling.field import Field, State
 from rfkernels.training.option_checks import whole
@@ -72,8 +72,8 @@ class FlowEdit:
                 noisy = _noised(setting, source, x1, times[index], key)
                 beside = target.combine(noisy.x, 1.0, [], [(1.0, edit)])
                 weight = dt / self.n_avg
-                there = parts_of(target, target(beside, times[index]))
-                here = parts_of(source, source(noisy, times[index]))
+                after, before = target(beside, times[index]), source(noisy, times[index])
+                there, here = target.parts(after), source.parts(before)
                 # In turn, so that equal velocities cancel term by term, exactly.
                 pairs = zip_longest(there, here)
                 parts = [

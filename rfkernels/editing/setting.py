@@ -19,7 +19,7 @@ from rfkernels.sampling.stochastic import noise_keys
 if TYPE_CHECKING:
     from rfkernels.editing.features import Bank, Features
 
-__all__ = ["EditField", "Method", "Setting", "parts_of"]
+__all__ = ["EditField", "Method", "Setting"]
 
 Scale = float | Tensor | Guidance | None
 _PURPOSE = derive_seed(0, "editing noise")
@@ -44,6 +44,14 @@ class EditField(Field):
         if self.carried is not None and self.carried.model_input is x0:
             return self.carried
         return super().start(x0)
+
+    def parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
+        """(coefficient, tensor) of a velocity, guidance included.
+
+        Raises:
+            ValueError: a later call wrote into it.
+        """
+        return self._parts(evaluation)
 
     def _state(self, result: Tensor | tuple[Tensor, Tensor]) -> State:
         self.last = super()._state(result)
@@ -132,13 +140,3 @@ class Method(Protocol):
     def run(self, setting: Setting) -> Tensor:
         """The edited samples, in the dtype of ``setting.x1``; called without gradients."""
         ...
-
-
-def parts_of(field: Field, evaluation: Evaluation) -> tuple[Part, ...]:
-    """(coefficient, tensor) of a velocity of this field, guidance included."""
-    if evaluation.parts is not None:
-        return evaluation.parts
-    if evaluation.unconditional is None:
-        return ((1.0, evaluation.conditional),)
-    g = field.guidance.scale
-    return (g, evaluation.conditional), (1 - g, evaluation.unconditional)

@@ -54,6 +54,17 @@ def test_flow_edit_to_the_same_prompt_gives_back_every_bit(x1, dtype, scale, unc
     assert result.nfe == 10 * 2 * n_avg * (1 if uncondition is None else 2)
 
 
+@pytest.mark.parametrize("method", ["flowedit", "uniedit"])
+def test_velocities_that_answer_in_the_same_memory_are_refused(x1, method):
+    answer = torch.empty_like(x1)
+
+    def overwriting(x, t, side):
+        return answer.copy_(velocity(x, t, side))
+
+    with pytest.raises(ValueError, match="must not overwrite what it returned before"):
+        edit(overwriting, x1, source=SOURCE, target=TARGET, method=method, steps=7)
+
+
 def test_flow_edit_finds_the_optimal_translation():
     x1 = LEFT.sample(500, seed=1)
     result = edit(velocity, x1, source=SOURCE, target=TARGET, method=FlowEdit(n_max=50), steps=50)
