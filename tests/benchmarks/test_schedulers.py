@@ -12,8 +12,6 @@ pytest.importorskip(
     "diffusers", minversion="0.42", reason="the schedulers are compared with 0.42's"
 )
 
-# diffusers' own
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FOLDERS = (Path(__file__).resolve().parents[2] / "benchmarks",)
 
 

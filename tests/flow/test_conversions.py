@@ -10,9 +10,6 @@ from rfkernels.flow import conversions as cv
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.flow.paths import CustomPath, LinearPath, SubVPPath, TrigonometricPath, VPPath
 
-# torch's own: its forward-mode derivatives still script a module when first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-
 QUANTITIES = ("velocity", "x1", "x0", "score")
 PATHS = [
     LinearPath(),

@@ -17,9 +17,6 @@ from rfkernels.flow.paths import (
     get_path,
 )
 
-# torch's own: its forward-mode derivatives still script a module when first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-
 BUILT_IN = [LinearPath(), TrigonometricPath(), VPPath(), SubVPPath()]
 INNER = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
 

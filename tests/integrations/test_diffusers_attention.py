@@ -24,12 +24,6 @@ from diffusers_family import build, evaluate
 from rfkernels.integrations import diffusers as rfd
 from rfkernels.integrations import sdpa, set_precision
 
-pytestmark = [
-    # diffusers' own: Chroma uses a deprecated class of its own, Mochi asks for float32 under autocast
-    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
-]
-
 FAMILIES = {
     **diffusers_dispatched.FAMILIES,
     **diffusers_direct.FAMILIES,

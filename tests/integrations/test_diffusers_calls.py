@@ -24,11 +24,6 @@ from schedulers_cases import made as scheduler_of
 
 from rfkernels.integrations import diffusers as rfd
 
-# diffusers' own
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi, in float32
-]
 KEEPING = ["Heun", "Midpoint", "dpm++", "unipc"]  # that need a sample again in a later call
 
 

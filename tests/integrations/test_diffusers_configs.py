@@ -17,9 +17,6 @@ from schedulers_cases import CLASSES, cls_of
 
 from rfkernels.integrations import diffusers as rfd
 
-# diffusers' own DPM-Solver++ on NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 

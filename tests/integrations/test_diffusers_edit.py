@@ -39,12 +39,6 @@ from diffusers_edits import (
 
 import rfkernels as rf
 
-# diffusers' own, of a class of its own and of NumPy 2
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-]
-
 # Of latents near 1, where sums are made in another order: 1.1e-5 was met, with another number of threads.
 ROUNDING = {"rtol": 0.0, "atol": 1e-4}
 

@@ -30,13 +30,6 @@ from rfkernels.editing import edit as edit_samples
 from rfkernels.integrations.diffusers import allow_exchange, velocity_from_pretrained
 from rfkernels.sampling import ClassifierFree
 
-# diffusers' own, of a class of its own and of NumPy 2
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-]
-
-
 # --- the pipeline afterwards -------------------------------------------------------------------------
 
 

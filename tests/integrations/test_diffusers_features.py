@@ -21,8 +21,6 @@ from rfkernels.models import DiT
 from rfkernels.sampling import Midpoint, Run, sample
 from rfkernels.sampling.field import Field
 
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-
 FAMILIES = {**DIRECT, **DISPATCHED}
 NETWORKS = ["Flux", "Flux2", "SD3", "Wan", "LTX"]
 

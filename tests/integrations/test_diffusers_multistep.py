@@ -20,9 +20,6 @@ from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.integrations import diffusers as rfd
 from rfkernels.sampling import multistep as rules
 
-# diffusers' own DPM-Solver++ on NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 

@@ -25,8 +25,6 @@ import rfkernels as rf
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.integrations import diffusers as rfd
 
-# diffusers' own: it warns of a class of its own
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 LTX = {
     "use_dynamic_shifting": True,
     "base_shift": 0.95,
@@ -129,7 +127,6 @@ def test_other_schedulers_run_and_agree(name, scheduler):
     assert 0 < (found - euler).norm() / euler.norm() < 0.15
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_tokens_have_times_of_their_own(strength):
     """LTX's pipeline that holds a frame: its tokens are clean, the schedule may begin midway."""

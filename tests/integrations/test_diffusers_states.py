@@ -20,9 +20,6 @@ from schedulers_cases import RULES, made
 
 from rfkernels.integrations import diffusers as rfd
 
-# diffusers' own DPM-Solver++ on NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def walk(scheduler, dtype=torch.float32):
     """The states of a run from 0 with outputs 1: the partial sums of the steps."""

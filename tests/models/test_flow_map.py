@@ -12,9 +12,6 @@ import rfkernels as rf
 from rfkernels import models
 from rfkernels.models.embeddings import TimeFeatures
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 IMAGE = (1, 8, 8)
 NETWORKS = [
     ("mlp", {"sample_shape": IMAGE, "width": 16, "depth": 2}),

@@ -10,9 +10,6 @@ import torch
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.sampling import Dopri5, Taylor, invert, sample
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 RING = GaussianMixtureFlow.ring()
 JVP = Taylor(derivative="jvp")
 ORDERS = [

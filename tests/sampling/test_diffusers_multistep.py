@@ -8,8 +8,6 @@ import torch
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.sampling import DPMSolver, UniPC, sample
 
-# diffusers' own, with NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 diffusers = pytest.importorskip("diffusers")
 RING = GaussianMixtureFlow.ring()
 

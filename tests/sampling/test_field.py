@@ -9,9 +9,6 @@ from sampling_cases import ALL, FIXED, JVP, Counting, exact
 
 from rfkernels.sampling import CFGZero, Interval, Projected, Rescaled, invert, sample
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 
 @pytest.mark.parametrize("solver", ALL, ids=str)
 def test_the_input_and_what_the_velocity_saw_stay_as_they_were(solver, x0):

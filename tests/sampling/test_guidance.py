@@ -5,9 +5,6 @@ import torch
 
 from rfkernels.sampling import Dopri5, Taylor, invert, sample
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 JVP = Taylor(derivative="jvp")
 ALL = ["euler", "midpoint", "heun", "rk4", "ab2", "taylor", JVP, Dopri5(rtol=1e-9, atol=1e-9)]
 LABEL = torch.tensor([0.5, -1.0, 2.0, 0.0])

@@ -17,9 +17,6 @@ from rfkernels.sampling import (
     sample,
 )
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 GRID = [0.0, 0.2, 0.4, 0.5, 0.7, 0.9, 0.95]
 LABEL = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 SCALES = torch.tensor([1.5, 3.0, 6.0], dtype=torch.float64)

@@ -10,9 +10,6 @@ import rfkernels as rf
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.sampling import Interval, Rescaled, Taylor, log_likelihood, sample
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 RING = GaussianMixtureFlow.ring()
 
 

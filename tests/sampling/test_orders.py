@@ -23,9 +23,6 @@ from rfkernels.sampling import (
     sample,
 )
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 RING = GaussianMixtureFlow.ring()
 WHOLE, INSIDE = (0.0, 1.0), (0.1, 0.9)
 FULL = UniPC(2, lower_order_final=False)

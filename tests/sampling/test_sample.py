@@ -10,9 +10,6 @@ from torch import nn
 from rfkernels.sampling import Solution, get_solver, invert, sample
 from rfkernels.sampling import field as field_module
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("direction", [sample, invert])

@@ -16,9 +16,6 @@ from rfkernels.training import OwnObject, TrainConfig, from_dict, to_dict, train
 from rfkernels.training.objective import Setting
 from rfkernels.training.recipes import FeatureWeighted
 
-# torch's own: its forward-mode derivatives still script a module when first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-
 BATCH, SEED, SHAPE, STEP = 16, 5, (2, 3, 4), 2
 D = math.prod(SHAPE)
 TRAIN = TrainConfig(steps=100, batch_size=BATCH, seed=SEED)

@@ -12,9 +12,6 @@ from rfkernels.training import TrainConfig, train_recipe
 from rfkernels.training.objective import Setting
 from rfkernels.training.recipes import LagrangianSelfDistillation, SplitMeanFlow
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 BATCH, SEED, STEP = 80, 5, 3
 TRAIN = TrainConfig(steps=100, batch_size=BATCH, seed=SEED)
 RECIPES = [

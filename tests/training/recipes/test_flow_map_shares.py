@@ -48,8 +48,6 @@ def test_processes_share_the_samples_of_one(recipe):
         assert max(shares) - min(shares) <= 1 < sum(shares)
 
 
-# The filter of torch's own warning, on the first forward derivative.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 @pytest.mark.parametrize("recipe", FLOW_MAPS)
 def test_micro_batches_add_up(recipe):
     """Also where one has no averages: the loss is the mean of its parts' losses."""

@@ -19,9 +19,6 @@ from rfkernels.training.processes import Processes
 from rfkernels.training.recipes import ImprovedMeanFlow, MeanFlow
 from rfkernels.training.recipes.meanflow import adaptive_loss, derivative_along
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 BATCH, SEED, STEP = 40, 5, 3
 TRAIN = TrainConfig(steps=100, batch_size=BATCH, seed=SEED)
 

@@ -12,9 +12,6 @@ from rfkernels.training import TrainConfig, make_pairs, train_recipe
 from rfkernels.training.objective import Setting
 from rfkernels.training.recipes import ReMeanFlow
 
-# Raised inside torch the first time it differentiates forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
 BATCH, SEED, STEP = 256, 5, 3
 TRAIN = TrainConfig(steps=100, batch_size=BATCH, seed=SEED, holdout=0.0)
 
