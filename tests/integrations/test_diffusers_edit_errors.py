@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from diffusers_edits import (
     sampled,
 )
 
-from rfkernels.editing import Features
+from rfkernels.editing import Features, attention_blocks
 from rfkernels.editing import edit as edit_samples
 from rfkernels.integrations.diffusers import allow_exchange, velocity_from_pretrained
 from rfkernels.sampling import ClassifierFree
@@ -77,6 +79,36 @@ def test_the_pipeline_is_left_as_it_was(name, monkeypatch):
         edit(pipe, image_for(name), "a cat", "a dog", method=Broken(), **options)
     assert_unchanged(before, states(pipe))
     assert len(freed) == 2
+
+
+def test_threads_share_a_network():
+    pipe = kept("flux")
+    classes = [type(module) for module in pipe.transformer.modules()]
+    second_runs, first_ended = threading.Event(), threading.Event()
+
+    class First(Broken):
+        def run(self, setting):
+            other.start()
+            second_runs.wait(0.3)  # it should not, before this one ended
+            return setting.x1
+
+    class Second(Broken):
+        def run(self, setting):
+            second_runs.set()
+            first_ended.wait(5)
+            counts.append(len(attention_blocks(setting.velocity)))
+            return setting.x1
+
+    def shared(method):
+        edit(pipe, picture(), "a cat", "a dog", method=method, features=Features(1), steps=1)
+
+    counts = []
+    other = threading.Thread(target=shared, args=(Second(),))
+    shared(First())
+    first_ended.set()
+    other.join()
+    assert len(counts) == 1
+    assert [type(module) for module in pipe.transformer.modules()] == classes
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,17 +40,22 @@ class PipelineVelocity(nn.Module):
         return self.stages[int(low)](x.to(self.dtype), t, **condition).to(x.dtype)
 
 
+# Classes belong to all threads: what one gives back, another may be using.
+_one_edit = threading.RLock()
+
+
 @contextlib.contextmanager
 def exchanging(networks: Sequence[nn.Module], layers: str | None) -> Iterator[None]:
     """Within it, attention layers of the networks exchange features; see `allow_exchange`. Afterwards
-    every layer has the class that it had before."""
+    every layer has the class that it had before. One thread at a time."""
     networks = [uncompiled(network) for network in networks]
-    classes = [(module, type(module)) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            allow_exchange(network, layers)
-        yield
-    finally:
-        for module, cls in classes:
-            if type(module) is not cls:
-                module.__class__ = cls
+    with _one_edit:
+        classes = [(module, type(module)) for network in networks for module in network.modules()]
+        try:
+            for network in networks:
+                allow_exchange(network, layers)
+            yield
+        finally:
+            for module, cls in classes:
+                if type(module) is not cls:
+                    module.__class__ = cls
