@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rfkernels.ops.random import derive_seed
 from rfkernels.sampling.arguments import make_field
-from rfkernels.sampling.field import Evaluation, Field, State
-from rfkernels.sampling.guidance import Guidance, Part
+from rfkernels.sampling.field import Field, State
+from rfkernels.sampling.guidance import Guidance
 from rfkernels.sampling.run import Run
 from rfkernels.sampling.solvers import get_solver
 from rfkernels.sampling.stochastic import noise_keys
@@ -44,14 +44,6 @@ class EditField(Field):
         if self.carried is not None and self.carried.model_input is x0:
             return self.carried
         return super().start(x0)
-
-    def parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
-        """(coefficient, tensor) of a velocity, guidance included.
-
-        Raises:
-            ValueError: a later call wrote into it.
-        """
-        return self._parts(evaluation)
 
     def _state(self, result: Tensor | tuple[Tensor, Tensor]) -> State:
         self.last = super()._state(result)
@@ -101,11 +93,11 @@ class Setting:
 
     def source_field(self) -> EditField:
         """A new field under the source's condition."""
-        return self._field("source", self.source, self.source_scale)
+        return self._field(self.source, self.source_scale)
 
     def target_field(self) -> EditField:
         """A new field under the target's condition."""
-        return self._field("target", self.target, self.target_scale)
+        return self._field(self.target, self.target_scale)
 
     def noise(self, scale: float, index: int) -> tuple[float, Tensor, Tensor]:
         """What ``Field.combine`` draws noise from: a function of (seed, index, sample) alone."""
@@ -116,7 +108,7 @@ class Setting:
         """What a solver needs to walk ``times``, which is the part [start, end] of the work."""
         return Run(times, False, None, lambda done: self.progress(start + done * (end - start)))
 
-    def _field(self, name: str, condition: Mapping[str, Any], scale: Scale) -> EditField:
+    def _field(self, condition: Mapping[str, Any], scale: Scale) -> EditField:
         made = make_field(
             "edit", self.velocity, self.x1, condition, self.uncondition, scale, None,
             get_solver("euler"), self.times,

@@ -219,7 +219,7 @@ class Field:
         parts = [
             (coefficient * share, tensor)
             for coefficient, evaluation in terms
-            for share, tensor in self._parts(evaluation)
+            for share, tensor in self.parts(evaluation)
         ]
         parts.extend(tensors)
         scale, seed, offset = (None, None, 0) if noise is None else noise
@@ -238,6 +238,21 @@ class Field:
     def taylor(self, x: Tensor, derivatives: Sequence[Tensor], dt: float) -> State:
         """x + dt v + dt^2 / 2 dv/dt + ..., in one kernel call."""
         return self._state(taylor_step(x, tuple(derivatives), dt, cast=self._cast()))
+
+    def parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
+        """(coefficient, tensor) of a velocity, guidance included.
+
+        Raises:
+            ValueError: a later call wrote into it.
+        """
+        self._refuse_overwritten(evaluation)
+        conditional, unconditional, parts, _ = evaluation
+        if parts is not None:
+            return parts
+        if unconditional is None:
+            return ((1.0, conditional),)
+        g = self.guidance.scale
+        return (g, conditional), (1 - g, unconditional)
 
     def select(self, rows: Tensor) -> Field:
         """The field of the samples named by ``rows``, an index tensor on the device.
@@ -284,22 +299,11 @@ class Field:
         """(B,) times for one call, its own: a network may scale them in place."""
         return t.clone() if isinstance(t, Tensor) else self.time(t, state)
 
-    def _parts(self, evaluation: Evaluation) -> tuple[Part, ...]:
-        """(coefficient, tensor) of a velocity."""
-        self._refuse_overwritten(evaluation)
-        conditional, unconditional, parts, _ = evaluation
-        if parts is not None:
-            return parts
-        if unconditional is None:
-            return ((1.0, conditional),)
-        g = self.guidance.scale
-        return (g, conditional), (1 - g, unconditional)
-
     def _in_one(self, x: Tensor, evaluation: Evaluation) -> Evaluation:
         """The same velocity as one tensor; the zero coefficient brings in x's shape and precision."""
         if evaluation.unconditional is None:
             return evaluation
-        return Evaluation(self._sum(x, self._parts(evaluation)))
+        return Evaluation(self._sum(x, self.parts(evaluation)))
 
     def _sum(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         shares, tensors = zip(*parts, strict=True)
@@ -315,7 +319,7 @@ class Field:
         unconditional = self.velocity(x, times, **self.uncondition)
         wide = x.to(self.state_dtype)
         parts = guidance.parts(conditional, unconditional, wide, times, {})
-        return self._sum(wide, self._parts(Evaluation(conditional, unconditional, parts)))
+        return self._sum(wide, self.parts(Evaluation(conditional, unconditional, parts)))
 
     def _call(self, state: State, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         self.calls += 1
