@@ -284,11 +284,7 @@ def sample_rf_unipc(
         levels = [after, *run.levels[i::-1][:3]]
         predicted = order
         order = min(2, len(past), len(run.levels) - 1 - i)
-        of_state, *weights = rules.unipc_predictor(levels, order, "bh2")
+        of_state, *weights = rules.unipc(levels, order, "bh2", predicted=predicted)
         weights += [0.0] * (len(past) - len(weights))
-        if predicted:
-            correction = rules.unipc_correction(levels[1:], predicted, "bh2")
-            for k, change in enumerate(correction):
-                weights[k] += of_state * change
         x = rf.linear_step(x, tuple(past), tuple(weights), x_coefficient=of_state)
     return x

@@ -24,8 +24,6 @@ from rfkernels.sampling.fixed import FixedStepSolver, Step
 
 __all__ = ["DPMSolver", "UniPC"]
 
-_FEW_STEPS = 15  # below this, lower_order_final of DPM-Solver++ lowers the order of the last steps
-
 
 class _Past(NamedTuple):
     """An evaluation: its noise level, the state and the velocity there."""
@@ -91,7 +89,7 @@ class DPMSolver(FixedStepSolver):
         now = _Past(1 - interval.start, state.x, field(state, interval.start))
         calls, end = [now, *history], 1 - interval.end
         order = min(self.order, len(calls))
-        if self.lower_order_final and interval.index + interval.left < _FEW_STEPS:
+        if self.lower_order_final and interval.index + interval.left < multistep.FEW_STEPS:
             order = min(order, interval.left)
         of_state, *weights = multistep.dpm([end, *(call.level for call in calls)], order, self.kind)
         history[:] = calls[: self.order - 1]
@@ -142,11 +140,7 @@ class UniPC(FixedStepSolver):
         order = min(self.order, len(calls))
         if self.lower_order_final:
             order = min(order, interval.left)
-        of_state, *weights = multistep.unipc_predictor([end, *levels], order, self.kind)
-        if past and past[0].level > 0:
-            correction = multistep.unipc_correction(levels, last_order, self.kind)
-            weights += [0.0] * (len(correction) - len(weights))
-            for index, change in enumerate(correction):
-                weights[index] += of_state * change
+        predicted = last_order if past and past[0].level > 0 else 0
+        of_state, *weights = multistep.unipc([end, *levels], order, self.kind, predicted=predicted)
         history[:] = [*calls[: self.order], order]
         return _move(field, calls, end, of_state, weights)

@@ -23,7 +23,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["ab2", "ab3", "dpm", "unipc_correction", "unipc_predictor"]
+__all__ = ["FEW_STEPS", "ab2", "ab3", "dpm", "unipc", "unipc_correction", "unipc_predictor"]
+
+FEW_STEPS = 15  # below this, lower_order_final of DPM-Solver++ lowers the order of the last steps
 
 _NEAREST_NOISE = 1 - 1e-6
 
@@ -84,6 +86,26 @@ def dpm(levels: Sequence[float], order: int, kind: str = "midpoint") -> tuple[fl
     p = slope * (1 + r0 / total) - curve / total
     q = -slope * r0 / total + curve / total
     return ratio, gain + p / r0, -p / r0 + q / r1, -q / r1
+
+
+def unipc(
+    levels: Sequence[float], order: int, kind: str = "bh2", *, predicted: int = 0
+) -> tuple[float, ...]:
+    """(c_x, c_0, c_1, ...) of a whole step of UniPC: UniC of the state, and from there UniP.
+
+    Args:
+        levels: as for :func:`dpm`.
+        order: of the prediction.
+        kind: "bh1" or "bh2".
+        predicted: the order by which the state was predicted; 0 leaves it as it is.
+    """
+    of_state, *weights = unipc_predictor(levels, order, kind)
+    if predicted:
+        correction = unipc_correction(levels[1:], predicted, kind)
+        weights += [0.0] * (len(correction) - len(weights))
+        for index, change in enumerate(correction):
+            weights[index] += of_state * change
+    return of_state, *weights
 
 
 def unipc_predictor(levels: Sequence[float], order: int, kind: str = "bh2") -> tuple[float, ...]:

@@ -28,7 +28,6 @@ _TAKEN = {
     "solver_p": (None,),
     "algorithm_type": ("dpmsolver++", "deis", "data_prediction", None),
 }
-_FEW_STEPS = 15  # below this, lower_order_final of DPM-Solver++ lowers the order of the last steps
 
 
 class RFMultistepScheduler(FlowScheduler):
@@ -200,12 +199,9 @@ class RFMultistepScheduler(FlowScheduler):
         if config["algorithm"] == DPM:
             of_state, *weights = rules.dpm(sigmas, order, kind)
         else:
-            of_state, *weights = rules.unipc_predictor(sigmas, order, kind)
-            if self._past and index - 1 not in config["disable_corrector"]:
-                correction = rules.unipc_correction(sigmas[1:], self._order, kind)
-                weights += [0.0] * (len(correction) - len(weights))
-                for i, change in enumerate(correction):
-                    weights[i] += of_state * change
+            corrects = self._past and index - 1 not in config["disable_corrector"]
+            predicted = self._order if corrects else 0
+            of_state, *weights = rules.unipc(sigmas, order, kind, predicted=predicted)
         self._order = order
         of_state += weights[0]
         tensors, coefficients = [output], [-sigmas[1] * weights[0]]
@@ -225,7 +221,7 @@ class RFMultistepScheduler(FlowScheduler):
         order = min(config["solver_order"], len(self._past) + 1)
         if config["algorithm"] == UNIPC:
             return min(order, left) if config["lower_order_final"] else order
-        lowered = config["lower_order_final"] and count < _FEW_STEPS
+        lowered = config["lower_order_final"] and count < rules.FEW_STEPS
         if left == 1 and (
             lowered or config["euler_at_final"] or config["final_sigmas_type"] == "zero"
         ):
