@@ -32,7 +32,12 @@ from rfkernels.integrations.diffusers.schedulers.host_copy import Levels, TimeTa
 
 SchedulerOutput = FlowMatchEulerDiscreteSchedulerOutput
 _RESAMPLINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-_KEEP, _SHIFT = EXPLICIT = ("keep", "shift")
+_CHOICES = {
+    "time_shift_type": ("exponential", "linear"),
+    "grid": GRIDS,
+    "explicit_timesteps": ("keep", "shift"),
+    "final_sigmas_type": FINAL_SIGMAS,
+}
 _NOT_ON = {  # options that a grid would pass over
     FLOW_MATCH: (),
     UNIPC: ("invert_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
@@ -101,7 +106,7 @@ class FlowScheduler(FlowConfig):
         stochastic_sampling: bool = False,
         grid: str = FLOW_MATCH,
         single_shift: bool = False,
-        explicit_timesteps: str = _KEEP,
+        explicit_timesteps: str = "keep",
         final_sigmas_type: str = "zero",
         integer_timesteps: bool = False,
         bit_exact: bool = False,
@@ -110,8 +115,22 @@ class FlowScheduler(FlowConfig):
 
     def _begin(self) -> None:
         """Checks the config and lays out the table of num_train_timesteps levels."""
+        self._check_options()
         config = self._options
-        name = type(self).__name__
+        count, shift = config["num_train_timesteps"], config["shift"]
+        levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
+        if not config["use_dynamic_shifting"]:
+            levels = shift * levels / (1 + (shift - 1) * levels)
+        self._shift = shift
+        self.num_inference_steps: int | None = None
+        self.sigmas = levels
+        self.timesteps = levels * count
+        self.sigma_min, self.sigma_max = levels[-1].item(), levels[0].item()
+        self._restart()
+
+    def _check_options(self) -> None:
+        """Refuses options that are unknown or contradict each other."""
+        config, name = self._options, type(self).__name__
         if config["use_beta_sigmas"]:
             try:
                 import scipy.stats  # noqa: F401
@@ -124,12 +143,7 @@ class FlowScheduler(FlowConfig):
             raise ValueError(
                 f"{name}: at most one of {', '.join(_RESAMPLINGS)} may be set; got {asked}"
             )
-        for field, allowed in (
-            ("time_shift_type", ("exponential", "linear")),
-            ("grid", GRIDS),
-            ("explicit_timesteps", EXPLICIT),
-            ("final_sigmas_type", FINAL_SIGMAS),
-        ):
+        for field, allowed in _CHOICES.items():
             if config[field] not in allowed:
                 raise ValueError(
                     f"{name}: {field} must be one of {', '.join(allowed)}; got {config[field]!r}"
@@ -150,16 +164,6 @@ class FlowScheduler(FlowConfig):
             raise ValueError(
                 f"{name}: stochastic_sampling must be False (RFEulerScheduler has it); got True"
             )
-        count, shift = config["num_train_timesteps"], config["shift"]
-        levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
-        if not config["use_dynamic_shifting"]:
-            levels = shift * levels / (1 + (shift - 1) * levels)
-        self._shift = shift
-        self.num_inference_steps: int | None = None
-        self.sigmas = levels
-        self.timesteps = levels * count
-        self.sigma_min, self.sigma_max = levels[-1].item(), levels[0].item()
-        self._restart()
 
     def _restart(self) -> None:
         """Forgets where the run was; subclasses forget what they kept of it."""
@@ -321,7 +325,7 @@ class FlowScheduler(FlowConfig):
         lengths = {key: length for key, length in lengths.items() if length is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{name}.set_timesteps: lengths must agree; got {lengths}")
-        if timesteps is not None and sigmas is None and config["explicit_timesteps"] == _KEEP:
+        if timesteps is not None and sigmas is None and config["explicit_timesteps"] == "keep":
             logger.warning(
                 "timesteps without sigmas: the times are used as given, the levels made of them are shifted; "
                 "give sigmas too, or construct with explicit_timesteps='shift'"
