@@ -84,20 +84,16 @@ def attention(
     if not skip_reshape:
         dim = q.shape[-1] // heads
         q, k, v = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k, v))
-    arguments = (q, k, v, _mask_of(mask), 0.0, False, options.get("scale"))
-    gqa = bool(options.get("enable_gqa", False))
+    mask = _mask_of(mask)
+    named = {"scale": options.get("scale"), "enable_gqa": bool(options.get("enable_gqa", False))}
     if options.get("low_precision_attention", True) is False:
         _counts.count("low_precision_attention=False")
-        out = original(*arguments[:6], scale=arguments[6], enable_gqa=gqa)
+        out = original(q, k, v, mask, 0.0, False, **named)
     else:
         out = route(
-            *arguments,
-            gqa,
-            original=original,
-            precision=precision,
-            training=False,
-            counts=_counts,
-        )
+            q, k, v, mask, 0.0, False, **named,
+            original=original, precision=precision, training=False, counts=_counts,
+        )  # fmt: skip
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 

@@ -48,9 +48,8 @@ class RouteCounts:
     def __init__(self) -> None:
         self._routed = Tally()
         self._fallbacks: dict[str, Tally] = {}
-        self.count_routed = (
-            self._routed.add
-        )  # one call that `rf.attention` takes, outside of graphs
+        # One call that `rf.attention` takes, outside of graphs.
+        self.count_routed = self._routed.add
 
     def count(self, reason: str | None) -> None:
         """Add one call; `reason` is None when `rf.attention` takes it."""

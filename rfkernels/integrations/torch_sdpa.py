@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -174,12 +173,7 @@ class SdpaPatch:
     def __enter__(self) -> SdpaPatch:
         return self.enable()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.disable()
 
 

@@ -113,9 +113,8 @@ def test_what_pipelines_ask_of_their_scheduler(solver):
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
     t = scheduler.timesteps[0]
-    assert (
-        scheduler.step(x, t, x, generator=generator).prev_sample.isfinite().all()
-    )  # Stable Audio 3
+    # As Stable Audio 3 calls it.
+    assert scheduler.step(x, t, x, generator=generator).prev_sample.isfinite().all()
     assert torch.equal(generator.get_state(), before)
     named = inspect.signature(scheduler.set_timesteps).parameters
     assert {"sigmas", "timesteps", "mu"} <= set(named)  # every pipeline that has a choice

@@ -233,9 +233,7 @@ def test_heun_with_noise_in_some_calls():
         act(cls) for cls in (diffusers.FlowMatchHeunDiscreteScheduler, rfd.RFHeunScheduler)
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
-    inverted = rfd.RFHeunScheduler(
-        invert_sigmas=True
-    )  # it begins at sigma 0, where nothing is added
+    inverted = rfd.RFHeunScheduler(invert_sigmas=True)  # from sigma 0, where nothing is added
     inverted.set_timesteps(4)
     x = torch.ones(1, 2)
     assert inverted.step(x, inverted.timesteps[0], 0 * x, s_churn=2.0).prev_sample.isfinite().all()

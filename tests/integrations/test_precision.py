@@ -35,9 +35,7 @@ def test_layer_by_layer(kernel):
 
 def test_compiled_models_keep_their_names():
     model = dit()
-    compiled = torch.compile(
-        model, backend="eager"
-    )  # its own modules are called _orig_mod.blocks...
+    compiled = torch.compile(model, backend="eager")  # whose modules are _orig_mod.blocks...
     assert set_precision(compiled, {"blocks.0": "bf16"})["blocks.0"] == "bf16"
     assert model.blocks[0].attention == "bf16"
 

@@ -320,9 +320,8 @@ def test_mse_gradient_is_bit_equal():
         leaf = p.clone().requires_grad_()
         with rf.use_backend(name):
             gradients += torch.autograd.grad(rf.flow_loss(leaf, target), leaf)
-    torch.testing.assert_close(
-        *gradients, rtol=1.2e-7, atol=0.0
-    )  # the reference's autograd multiplies in another order
+    # The reference's autograd multiplies in another order.
+    torch.testing.assert_close(*gradients, rtol=1.2e-7, atol=0.0)
 
 
 def test_long_samples_in_several_tiles_a_chunk(monkeypatch):

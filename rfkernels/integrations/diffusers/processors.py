@@ -107,10 +107,8 @@ def install(module: nn.Module, precision: str, training: bool, backend: object) 
     return kind
 
 
-def restore(module: nn.Module) -> bool:
-    """Give the layer its own processor back; True when it had a copy."""
+def restore(module: nn.Module) -> None:
+    """Give the layer its own processor back, if it had a copy."""
     processor = getattr(module, "processor", None)
-    if processor is None or original_of(processor) is processor:
-        return False
-    module.processor = original_of(processor)
-    return True
+    if processor is not None and original_of(processor) is not processor:
+        module.processor = original_of(processor)

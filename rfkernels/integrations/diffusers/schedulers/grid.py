@@ -15,9 +15,8 @@ import numpy as np
 
 from rfkernels.integrations.diffusers.schedulers.config import FLOW_MATCH, UNIPC
 
-_KARRAS_RHO = (
-    7.0  # Karras et al., "Elucidating the design space of diffusion-based generative models", 2022
-)
+# Karras et al., "Elucidating the design space of diffusion-based generative models", 2022
+_KARRAS_RHO = 7.0
 _BETA = 0.6  # both parameters; Lee et al., "Beta sampling is all you need", 2024
 _BEFORE_NOISE = 1e-6  # UniPC starts this far from sigma = 1, where its log-SNR would be infinite
 

@@ -19,9 +19,8 @@ def midpoints(levels: np.ndarray, times: np.ndarray, count: int) -> tuple[np.nda
         count: num_train_timesteps.
     """
     level = (levels[:-1] + levels[1:]) / np.float32(2)
-    apart = (
-        1 if np.issubdtype(times.dtype, np.integer) else _ROUNDING * count
-    )  # integers are cut off
+    # Integers are cut off.
+    apart = 1 if np.issubdtype(times.dtype, np.integer) else _ROUNDING * count
     if np.allclose(times, levels[:-1] * count, rtol=0, atol=apart):
         return level, (level * np.float32(count)).astype(times.dtype)
     ends = np.append(times[1:], levels[-1] * count)
