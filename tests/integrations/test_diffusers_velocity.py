@@ -370,9 +370,21 @@ def test_the_pipelines_scheduler_says_what_is_predicted(tmp_path):
         folder = tmp_path / type(scheduler).__name__
         flow = pipeline(folder, scheduler, "transformer", "SD3")
         assert isinstance(velocity_from_pretrained(flow), DiffusersVelocity)
+
+
+def test_what_a_scheduler_does_not_say_is_given(tmp_path):
+    from diffusers import DDIMScheduler, EDMEulerScheduler
+
     zero = pipeline(tmp_path / "zero", DDIMScheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match="rescale_betas_zero_snr has no counterpart"):
         velocity_from_pretrained(zero)
+    assert velocity_from_pretrained(zero, schedule="cosine").prediction == "epsilon"
+    other = pipeline(tmp_path / "other", EDMEulerScheduler())  # on levels of its own
+    for options in ({}, {"schedule": "cosine"}, {"prediction": "epsilon"}):
+        with pytest.raises(ValueError, match="EDMEulerScheduler has no schedule of betas"):
+            velocity_from_pretrained(other, **options)
+    said = velocity_from_pretrained(other, prediction="v", schedule="cosine")
+    assert (said.prediction, said.schedule) == ("v", CosineBetas())
 
 
 def test_half_precision_weights(tmp_path):

@@ -57,26 +57,35 @@ def load_network(folder: Path, served: tuple[str, ...], dtype: torch.dtype | Non
     )
 
 
-def read_scheduler(folder: Path) -> tuple[str, NoiseSchedule | None] | None:
-    """(prediction, schedule) by a pipeline's scheduler, schedule None for a velocity; None where the
-    folder has no scheduler.
+def read_scheduler(
+    folder: Path, prediction: str | None, schedule: str | NoiseSchedule | None
+) -> tuple[str | None, str | NoiseSchedule | None]:
+    """(prediction, schedule): what is None by a pipeline's scheduler, where the folder has one; a velocity has no
+    schedule.
 
     Raises:
-        ValueError: a schedule or prediction that has no counterpart here.
+        ValueError: a schedule or prediction that is asked for and has no counterpart here.
     """
     file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return None
+    said = prediction == "velocity" or None not in (prediction, schedule)
+    if said or not file.is_file():
+        return prediction, schedule
     config = _read(file)
     kind = config.get("prediction_type", "epsilon")
     name = config.get("_class_name", "")
     flow = any(word in name for word in _FLOWS) or config.get("use_flow_sigmas")
     if flow or "grid" in config or kind == "flow_prediction":
-        return "velocity", None
-    kinds = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
-    if kind not in kinds:
-        raise ValueError(f"{file}: prediction_type must be one of {', '.join(kinds)}; got {kind!r}")
-    return kinds[kind], _schedule(config, file)
+        return prediction or "velocity", schedule
+    if "beta_schedule" not in config:  # EDM, consistency models: on levels of their own
+        raise ValueError(f"{file}: {name} has no schedule of betas; give prediction and schedule")
+    if prediction is None:
+        kinds = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
+        if kind not in kinds:
+            raise ValueError(
+                f"{file}: prediction_type must be one of {', '.join(kinds)}; got {kind!r}"
+            )
+        prediction = kinds[kind]
+    return prediction, _schedule(config, file) if schedule is None else schedule
 
 
 def _schedule(config: dict[str, Any], file: Path) -> NoiseSchedule:
@@ -84,7 +93,7 @@ def _schedule(config: dict[str, Any], file: Path) -> NoiseSchedule:
         if config.get(option):
             raise ValueError(f"{file}: {option} has no counterpart here; give schedule")
     steps = config.get("num_train_timesteps", 1000)
-    name = config.get("beta_schedule", "linear")
+    name = config["beta_schedule"]
     ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if name == "linear":
         return LinearBetas(*ends, steps=steps)

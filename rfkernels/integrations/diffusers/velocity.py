@@ -176,9 +176,8 @@ def velocity_from_pretrained(
         ImportError: diffusers is not installed. FileNotFoundError: no such folder. TypeError: a
         network that is not served. ValueError: a prediction or schedule that is unknown or not said.
     """
-    found: tuple[str, NoiseSchedule | None] | None = None
     if isinstance(source, (str, Path)):
-        found = read_scheduler(Path(source))
+        prediction, schedule = read_scheduler(Path(source), prediction, schedule)
         source = load_network(Path(source), tuple(_FAMILIES), dtype)
     elif dtype is not None:
         raise ValueError(f"dtype: is that of weights to be loaded; got {dtype} with a network")
@@ -190,7 +189,7 @@ def velocity_from_pretrained(
         sample_shape=sample_shape,
     ).eval()
     if prediction is None:
-        prediction = found[0] if found else network.family.prediction
+        prediction = network.family.prediction
     if prediction is None:
         raise ValueError(
             f"prediction: a {type(source).__name__} may predict velocity, {', '.join(PREDICTIONS)}; "
@@ -200,8 +199,6 @@ def velocity_from_pretrained(
         if schedule is not None:
             raise ValueError(f"schedule: a velocity has none; got {schedule!r}")
         return DiffusersVelocity(network).eval()
-    if schedule is None and found:
-        schedule = found[1]
     if schedule is None:
         raise ValueError(f"schedule: must be given for prediction {prediction!r}; got None")
     return NoisePrediction(network, get_schedule(schedule), prediction).eval()
