@@ -138,7 +138,7 @@ class _Batch:
     """The samples still in the batch, row by row, and what was reported of all samples so far."""
 
     def __init__(self, solver: Dopri5, field: Field, x0: Tensor, run: Run) -> None:
-        self.solver, self.field = solver, field
+        self.solver, self.field, self.whole = solver, field, field
         count = x0.shape[0]
         # Without a trajectory only the last time is reported.
         self.times = torch.tensor(
@@ -217,7 +217,8 @@ class _Batch:
         for name in ("rows", "live", "was_rejected", "t", "h", "next_report"):
             setattr(self, name, getattr(self, name)[kept])
         on_device = kept.to(self.state.x.device)
-        self.field = self.field.select(on_device)
+        # From the whole batch: a shared tensor may have as many rows as are left in between.
+        self.field = self.whole.select(self.rows.to(on_device.device))
         self.state = State(*(tensor.index_select(0, on_device) for tensor in self.state))
         self.slope = Evaluation(self.slope.conditional.index_select(0, on_device))
 

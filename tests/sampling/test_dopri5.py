@@ -125,6 +125,20 @@ def test_keeping_finished_samples_changes_nothing():
         sample(captured, x0, solver="dopri5")
 
 
+def test_tensors_that_all_samples_share_stay_whole():
+    """Also where the batch shrinks to their number of rows on its way."""
+    x0, rate = problem(count=7)
+
+    def pushed(x, t, rate, table):
+        return decay(x, t, rate) + table.sum()
+
+    for rows in range(1, 7):
+        condition = {"rate": rate, "table": torch.ones(rows, dtype=torch.float64)}
+        dropped = sample(pushed, x0, solver="dopri5", condition=condition)
+        kept = sample(pushed, x0, solver=Dopri5(finished="keep"), condition=condition)
+        assert torch.equal(dropped, kept)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_every_sample_is_evaluated_as_often_as_reported(guided):
     x0, rate = problem(count=14)
