@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -220,6 +221,11 @@ REFUSED = [
         ValueError,
         r"target_guidance_scale must be a number, a 0-d or a \(1,\) tensor; got shape \(3,\)",
     ),
+    (
+        {"source_guidance_scale": math.nan},
+        ValueError,
+        "source_guidance_scale must be finite; got n",
+    ),
     ({"embedded_guidance": "x"}, TypeError, "embedded_guidance must be a number or a tensor"),
     ({"height": 40}, ValueError, "height must be a multiple of 16; got 40"),
     ({"width": 0}, ValueError, "width must be a multiple of 16; got 0"),
@@ -257,6 +263,11 @@ REFUSED = [
         {"image": np.full((32, 32, 3), 255, np.uint8)},
         ValueError,
         r"image must lie in \[0, 1\]; got values from 255 to 255",
+    ),
+    (
+        {"image": torch.full((3, 32, 32), math.nan)},
+        ValueError,
+        r"image must lie in \[0, 1\]; got .*nan",
     ),
     (
         {"image": picture(0, 8, 32)},

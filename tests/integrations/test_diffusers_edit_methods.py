@@ -159,6 +159,15 @@ def test_embeddings_stand_for_prompts():
     assert torch.equal(result.images, expected)
 
 
+def test_numbers_of_numpy():
+    options = {"steps": np.int64(2), "target_guidance_scale": np.float32(2), "height": np.int64(16)}
+    result, expected = (
+        edit(kept("flux"), picture(), "a cat", "a dog", output_type="np", **given).images
+        for given in (options, {name: int(value) for name, value in options.items()})
+    )
+    np.testing.assert_array_equal(result, expected)
+
+
 def test_the_length_of_prompts():
     method, lengths = Nothing(), []
     for name in NAMES:

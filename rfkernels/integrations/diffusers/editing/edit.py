@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -209,7 +211,12 @@ def _kind_of_guidance(family: Family, embedded_guidance: object) -> str:
 
 def _is_one(scale: object) -> bool:
     """Whether such a scale needs no second call."""
-    return isinstance(scale, (int, float)) and not isinstance(scale, bool) and scale == 1
+    return _is_number(scale) and scale == 1
+
+
+def _is_number(value: object) -> bool:
+    """NumPy's too, but no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _how(guidance: str) -> str:
@@ -218,12 +225,13 @@ def _how(guidance: str) -> str:
 
 def _told(name: str, scale: object, latents: Tensor) -> Tensor:
     """(B,) float32 for the network."""
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not (number or isinstance(scale, Tensor)):
+    if not (_is_number(scale) or isinstance(scale, Tensor)):
         raise TypeError(
             f"edit: {name} must be a number or a tensor, which the network is told; "
             f"got {type(scale).__name__}"
         )
+    if not (isinstance(scale, Tensor) or math.isfinite(scale)):
+        raise ValueError(f"edit: {name} must be finite; got {scale}")
     told = torch.as_tensor(scale, dtype=torch.float32, device=latents.device)
     if told.shape not in ((), latents.shape[:1]):
         raise ValueError(

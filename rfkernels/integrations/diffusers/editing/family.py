@@ -125,12 +125,12 @@ class Family:
             ("height", "width"), (height, width), _sides(image), strict=True
         ):
             side = own - own % self.multiple if given is None else given
-            if isinstance(side, bool) or not isinstance(side, int):
+            if isinstance(side, bool) or not hasattr(side, "__index__"):
                 raise TypeError(f"edit: {name} must be an integer; got {type(side).__name__}")
             if side < 1 or side % self.multiple:
                 got = f"a picture of {own}" if given is None else side
                 raise ValueError(f"edit: {name} must be a multiple of {self.multiple}; got {got}")
-            sides.append(side)
+            sides.append(int(side))
         pixels = self.preprocess(image, *sides)
         if pixels.shape[1] != 3:
             raise ValueError(
@@ -138,7 +138,7 @@ class Family:
                 f"got {pixels.shape[1]}"
             )
         # [0, 1] became [-1, 1]; what the processor took for [-1, 1] stayed. Both may be off by rounding.
-        if pixels.abs().amax() > 1.01:
+        if not pixels.abs().amax() <= 1.01:  # NaN is neither
             least, greatest = ((float(value) + 1) / 2 for value in pixels.aminmax())
             raise ValueError(
                 f"edit: image must lie in [0, 1]; got values from {least:g} to {greatest:g}"
