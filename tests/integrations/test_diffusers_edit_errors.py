@@ -173,6 +173,19 @@ def test_pipelines_that_are_not_served():
             edit(pipe, picture(), "a cat", "a dog")
 
 
+def test_caches():
+    """This one would take the source's attention for the target's, and be silent about it."""
+    pipe = made("flux")
+    config = diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match="pipe must have networks without a cache"):
+        edit(pipe, picture(), "a cat", "a dog", steps=2)
+    pipe.transformer.disable_cache()
+    assert edit(pipe, picture(), "a cat", "a dog", steps=2).nfe == 4
+
+
 def test_schedulers_that_are_not_of_flows():
     for name in ("flux", "sd3"):
         pipe = made(name, diffusers.DDIMScheduler())

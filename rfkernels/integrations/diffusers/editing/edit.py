@@ -129,10 +129,11 @@ def edit(
         :class:`PipelineEdit`.
 
     Raises:
-        TypeError, ValueError: a pipeline that is not served, a scheduler that is not one of flows, or
-            an argument of the wrong type or out of range.
+        TypeError, ValueError: a pipeline that is not served, a scheduler that is not one of flows, a
+            network with a cache, or an argument of the wrong type or out of range.
     """
     family = family_of(pipe)
+    _refuse_caches(family)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(
             f"edit: output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
@@ -196,6 +197,16 @@ def edit(
     return PipelineEdit(
         *pictures, edited.nfe, edited.bank_bytes, edited.bank_error, edited.bank_missed
     )
+
+
+def _refuse_caches(family: Family) -> None:
+    """What enable_cache keeps of one call would answer the next, which is of another prompt."""
+    for network in family.networks:
+        if getattr(network, "is_cache_enabled", False):
+            raise ValueError(
+                "edit: pipe must have networks without a cache (disable_cache takes it away); "
+                f"got {type(network).__name__} with one"
+            )
 
 
 def _kind_of_guidance(family: Family, embedded_guidance: object) -> str:
