@@ -10,7 +10,7 @@ import typer
 
 from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, choose_device, parse_settings
-from rfkernels.cli.output import check_file, say
+from rfkernels.cli.output import check_file, say, write_arrays
 
 if TYPE_CHECKING:
     from rfkernels.data.dataset import Data
@@ -91,7 +91,6 @@ def edit(
     import torch
 
     from rfkernels.cli.pictures import beside, is_image, require_pictures
-    from rfkernels.cli.sample import arrays
     from rfkernels.editing import Features
     from rfkernels.editing import edit as edit_samples
     from rfkernels.metrics.drawer import Drawer
@@ -157,7 +156,7 @@ def edit(
         title = f"To class {target_label} by {method}"
         write_whole(out, beside(values["source"], values["x"], title))
     else:
-        write_whole(out, arrays(out.suffix.lower(), values))
+        write_arrays(out, values)
     if not quiet:
         kept = f" Features kept: {size / 1e6:.1f} MB." if share else ""
         say(f"{len(index)} images, network evaluations for each: {nfe}.{kept} Wrote {out}")

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, Grid, Shift, choose_device, given
-from rfkernels.cli.output import check_file, say
+from rfkernels.cli.output import check_file, say, write_arrays
 
 
 def invert(
@@ -65,7 +64,6 @@ def invert(
     import torch
 
     from rfkernels.cli.run_grid import choose_grid
-    from rfkernels.cli.sample import arrays
     from rfkernels.data import as_dataset, load_dataset
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.sampling import get_solver, reconstruct
@@ -124,7 +122,7 @@ def invert(
             found["round_trip"].append(trip.error.cpu())
             evaluations += float(torch.as_tensor(trip.nfe).double().mean()) * len(rows)
     values = {name: torch.cat(parts) for name, parts in found.items() if parts}
-    write_whole(out, arrays(out.suffix.lower(), values))
+    write_arrays(out, values)
     if not quiet:
         error = float(values["round_trip"].square().mean().sqrt())
         spread = float(values["x0"].std()) if values["x0"].numel() > 1 else float("nan")

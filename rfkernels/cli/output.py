@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from rfkernels._whole_file import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "check_file",
@@ -23,6 +26,7 @@ __all__ = [
     "fresh_folder",
     "resumable",
     "say",
+    "write_arrays",
     "write_csv",
     "write_json",
 ]
@@ -83,6 +87,21 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Indented JSON; a number that is not finite is refused."""
     write_whole(file, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_arrays(file: Path, values: Mapping[str, torch.Tensor]) -> None:
+    """A file of arrays, .safetensors or .npz by its name."""
+    values = {name: value.contiguous() for name, value in values.items()}
+    if file.suffix.lower() == ".safetensors":
+        from safetensors.torch import save
+
+        write_whole(file, save(values))
+        return
+    import numpy
+
+    stream = io.BytesIO()
+    numpy.savez(stream, **{name: value.numpy() for name, value in values.items()})
+    write_whole(file, stream.getvalue())
 
 
 def say(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +9,10 @@ import typer
 
 from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, Grid, Shift, choose_device
-from rfkernels.cli.output import check_file, console, say
+from rfkernels.cli.output import check_file, console, say, write_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from rfkernels.cli.solver_comparison import Comparison
 
@@ -140,7 +137,7 @@ def sample(
     else:
         # x (n, ...) float32 and, of a conditional run, labels (n,) int64: `train --dataset` reads it.
         values = {"x": x} | ({} if labels is None else {"labels": labels})
-        write_whole(out, arrays(out.suffix.lower(), values))
+        write_arrays(out, values)
     if not quiet:
         say(f"{n} samples, network evaluations for each: {cost:g}. Wrote {out}")
 
@@ -170,17 +167,3 @@ def _show_distances(found: Comparison, counts: Sequence[int]) -> None:
             ),
         )
     console.print(table)
-
-
-def arrays(suffix: str, values: dict[str, torch.Tensor]) -> bytes:
-    """The bytes of a file of arrays, .safetensors or .npz."""
-    values = {name: value.contiguous() for name, value in values.items()}
-    if suffix == ".safetensors":
-        from safetensors.torch import save
-
-        return save(values)
-    import numpy
-
-    stream = io.BytesIO()
-    numpy.savez(stream, **{name: value.numpy() for name, value in values.items()})
-    return stream.getvalue()
