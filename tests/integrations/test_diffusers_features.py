@@ -11,6 +11,7 @@ from diffusers_family import build, images, text, video
 
 from rfkernels.editing import Bank, Features, Key, attention_blocks, edit
 from rfkernels.editing.features import TappedField
+from rfkernels.integrations import sdpa
 from rfkernels.integrations.diffusers import (
     allow_exchange,
     forbid_exchange,
@@ -160,6 +161,8 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         allow_exchange("pipe")
     allow_exchange(velocity)
+    with sdpa(), pytest.raises(ValueError, match=r"the end of rf\.integrations\.sdpa\(\)"):
+        edit(velocity, x1, **options, features=Features(steps=1))
     set_attention(velocity, "int8")
     with pytest.raises(ValueError, match="attention must be torch's scaled_dot_product_attention"):
         edit(velocity, x1, **options, features=Features(steps=1))

@@ -86,7 +86,8 @@ def _exchanged(
         raise ValueError(
             f"features: attention must be torch's scaled_dot_product_attention, where features "
             f"can be reached; this {cls.__name__} has another backend or a cache (reset_attention, "
-            "set_attention_backend('native') and disable_cache give torch's back)"
+            "the end of rf.integrations.sdpa(), set_attention_backend('native') and disable_cache "
+            "give torch's back)"
         )
     return result
 
