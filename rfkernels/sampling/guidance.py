@@ -152,8 +152,7 @@ class Rescaled(Guidance):
         g, more = self.scale, self.scale - 1
         own = row_sums(c_ * c_)
         guided = own + 2 * more * row_sums(c_ * d_) + more * more * row_sums(d_ * d_)
-        ratio = torch.where(guided > 0, own / guided.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
-        factor = self.phi * ratio.sqrt() + (1 - self.phi)
+        factor = self.phi * _root(_ratio(own, guided, 1.0)) + (1 - self.phi)
         return (factor * g, c), (-factor * more, u)
 
 
@@ -216,9 +215,7 @@ class CFGZero(Guidance):
     ) -> tuple[Part, ...]:
         """g of c and (1 - g) s of u with the s of each sample."""
         c_, u_ = _rows(c, x), _rows(u, x)
-        square = row_sums(u_ * u_)
-        tiny = torch.finfo(square.dtype).tiny
-        fit = torch.where(square > 0, row_sums(c_ * u_) / square.clamp(min=tiny), 1.0)
+        fit = _ratio(row_sums(c_ * u_), row_sums(u_ * u_), 1.0)
         first, second = self.scale, (1 - self.scale) * fit
         if isinstance(t, Tensor) and self.zero_until is not None:
             moving = 1 - self.rests_at(t).to(fit.dtype)
@@ -303,12 +300,11 @@ class Projected(Guidance):
                 x, [tensor for _, tensor in kept], [k for k, _ in kept], x_coefficient=0.0
             )
         estimate = x_ + column * c_
-        square, tiny = row_sums(estimate * estimate), torch.finfo(x.dtype).tiny
         more = self.scale - 1
         if self.norm_threshold is not None:
-            norm = left * row_sums(change * change).sqrt()
-            more = more * (self.norm_threshold / norm.clamp(min=tiny)).clamp(max=1.0)
-        along = row_sums(change * estimate) / square.clamp(min=tiny)
+            norm = left * _root(row_sums(change * change))
+            more = more * (self.norm_threshold / norm.clamp(min=self.norm_threshold))
+        along = _ratio(row_sums(change * estimate), row_sums(estimate * estimate), 0.0)
         off = more * (1 - self.parallel) * along  # of m_c = x + (1 - t) c
         parts = [(1 + more - off * left, c), (-more, u), (-off, x)]
         if past is not None:
@@ -407,3 +403,16 @@ def get_guidance(value: object) -> Guidance:
 def _rows(values: Tensor, like: Tensor) -> Tensor:
     """(B, D) in the precision of the state."""
     return values.reshape(values.shape[0], -1).to(like.dtype)
+
+
+def _ratio(top: Tensor, bottom: Tensor, otherwise: float) -> Tensor:
+    """top / bottom, ``otherwise`` where bottom is 0, with gradients of 0 instead of NaN there."""
+    there = bottom > 0
+    bottom = torch.where(there, bottom, 1.0).clamp(min=torch.finfo(bottom.dtype).tiny)
+    return torch.where(there, torch.where(there, top, otherwise) / bottom, otherwise)
+
+
+def _root(square: Tensor) -> Tensor:
+    """Square roots, whose gradients are 0 instead of NaN at 0."""
+    there = square > 0
+    return torch.where(there, torch.where(there, square, 1.0).sqrt(), 0.0)

@@ -358,6 +358,20 @@ def test_gradients(guidance, x0):
 
 
 @pytest.mark.parametrize(
+    "guidance", [Rescaled(3.0), CFGZero(3.0), Projected(3.0, 0.2, 1.0)], ids=str
+)
+@pytest.mark.parametrize(("c", "u"), [(1.0, 1.0), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_gradients_where_a_norm_is_zero(guidance, c, u, x0):
+    """As for a network at initialisation, or one that the condition does not reach."""
+    x = x0.clone().requires_grad_()
+    given = {"condition": {"gain": c}, "uncondition": {"gain": u}, "guidance_scale": guidance}
+    sample(lambda x, t, gain: -gain * x, x, steps=2, **given).sum().backward()
+    assert x.grad.isfinite().all()
+    if c == u:
+        torch.testing.assert_close(x.grad, torch.full_like(x, (1 - c / 2) ** 2))
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: Rescaled("3"), TypeError, "Rescaled: scale must be a number; got str"),
