@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from schedulers_cases import made
+from schedulers_cases import RULES, made
 
 from rfkernels.flow.closed_form import GaussianMixtureFlow
 from rfkernels.integrations import diffusers as rfd
@@ -238,6 +238,23 @@ def test_float_times_do_not_stall():
         errors[integer] = abs(run(scheduler, rotation, x)[0].item() - truth)
     assert errors[True] > 5e-4
     assert errors[False] < 2e-5
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("shift", "start"), [(8.0, 0), (8.0, 2), (17.0, 0)])
+def test_runs_begin_where_integer_times_coincide(name, shift, start):
+    """Of 100 steps two begin at 999 with a shift of 17; with 8 each of the first two has the time of its midpoint. Some
+    of Wan's pipelines set no begin index."""
+    scheduler, ends = made(name, grid="unipc", shift=shift, integer_timesteps=True), []
+    for begin in (None, start):
+        scheduler.set_timesteps(100)
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        x = torch.ones(1, 2)
+        for t in scheduler.timesteps[start:]:
+            x = scheduler.step(x.sin(), t, x).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends)
 
 
 def test_midpoint_is_rf_solver():

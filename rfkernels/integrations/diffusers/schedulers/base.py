@@ -234,7 +234,17 @@ class FlowScheduler(FlowConfig):
         index = self._step_index
         if index is None:
             begin = self._begin_index
-            index = self.index_for_timestep(timestep) if begin is None else begin
+            index = self._found(timestep) if begin is None else begin
+        return index
+
+    def _found(self, timestep: float | torch.Tensor) -> int:
+        """Where a run begins that says so by its first time. Of times cut off to integers neighbours may be equal: then
+        the first place at which a step begins."""
+        index = self.index_for_timestep(timestep)
+        if self._options["integer_timesteps"]:
+            times = self._times.values()
+            same = (i for i in range(0, len(times), self.order) if times[i] == times[index])
+            index = next(same, index)
         return index
 
     def _stage(self, timestep: float | torch.Tensor) -> int:
