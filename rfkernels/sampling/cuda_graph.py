@@ -54,7 +54,7 @@ def replayed(caller: str, solver: Solver, field: Field, x0: Tensor, run: Run) ->
         getattr(field.velocity, "training", None),
     )
     key = (solver, run.times, run.keep_trajectory, tuple(map(_shape, inputs)), rebuilt.key, around)
-    with _turn:
+    with _turn, torch.cuda.device_of(x0):  # streams and graphs are made on the current device
         graphs = _kept.setdefault(field.velocity, {})
         if key not in graphs:
             graphs[key] = _capture(solver, inputs, rebuilt.build)
@@ -154,8 +154,12 @@ def _capture(
         solver.integrate(*build(static))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    # Autocast's copies of the weights live as long as it does: the graph must make its own, and nobody
+    # else may use those.
+    torch.clear_autocast_cache()
     with torch.cuda.graph(graph):
         solution = solver.integrate(*build(static))
+    torch.clear_autocast_cache()
     return _Captured(graph, static, solution)
 
 

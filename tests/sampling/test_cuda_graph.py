@@ -1,11 +1,14 @@
 """compile='cudagraph': with a CUDA device, and without one all but the capture."""
 
+import contextlib
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rfkernels as rf
 from rfkernels.sampling import Dopri5, Euler, Run, cuda_graph, forget_graphs, invert, sample
@@ -206,6 +209,45 @@ def test_threads_take_turns_at_a_graphs_memory(captured):
     assert sorted(found) == [0, 1, 2, 3]
     assert len(captured) == 1
     forget_graphs(velocity)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the copies of a weight in another precision."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.count = weight, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0] is self.weight:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_capture_under_autocast_casts_the_weights_itself(monkeypatch):
+    """The copies that autocast keeps are gone when it ends, while the graph goes on reading them."""
+    layer = nn.Linear(3, 3)
+    casts = Casts(layer.weight)
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: casts)
+    monkeypatch.setattr(cuda_graph, "_refuse", lambda *_: None)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        sample(lambda x, t: layer(x), rf.randn(5, 3, seed=1), steps=2, compile="cudagraph")
+        assert casts.count == 1
+        with casts:
+            layer(torch.ones(3))
+        assert casts.count == 2  # not a copy in the graph's memory
+
+
+def test_a_graph_is_made_on_the_device_of_the_samples(monkeypatch, captured):
+    entered = []
+    around = mock.MagicMock(side_effect=lambda x: contextlib.nullcontext(entered.append(x.device)))
+    monkeypatch.setattr(torch.cuda, "device_of", around)
+    sample(lambda x, t: -x, rf.randn(5, 3, seed=1), steps=2, compile="cudagraph")
+    assert entered == [torch.device("cpu")]
+    assert len(captured) == 1
 
 
 def test_what_cannot_be_captured():
