@@ -8,10 +8,16 @@ from typing import Annotated
 import typer
 
 from rfkernels.cli.options import (
+    BatchSize,
     Device,
+    Loss,
+    PairGuidance,
+    PairSolver,
+    PairSteps,
     Quiet,
     Resume,
     Settings,
+    TrainSeed,
     begun,
     choose_device,
     command_line,
@@ -38,27 +44,16 @@ def distill(
     pairs: Annotated[
         int | None, typer.Option(help="New pairs to make.", show_default="10000")
     ] = None,
-    solver: Annotated[
-        str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")
-    ] = None,
-    pair_steps: Annotated[int | None, typer.Option(help="Its steps.", show_default="20")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")
-    ] = None,
+    solver: PairSolver = None,
+    pair_steps: PairSteps = None,
+    guidance: PairGuidance = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="1500")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples per step.", show_default="256")
-    ] = None,
+    batch_size: BatchSize = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Its peak.", show_default="1e-3")
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Everything random follows from it.", show_default="0")
-    ] = None,
+    loss: Loss = None,
+    seed: TrainSeed = None,
     settings: Settings = None,
     resume: Resume = False,
     device: Device = None,
@@ -89,16 +84,11 @@ def distill(
     inner = given(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, loss=loss, seed=seed
     ) | parse_settings("set", settings)
-    if saved is None:
-        config = training.from_dict(
-            training.DistillConfig,
-            {**own, "train": {"steps": 1500, "learning_rate": 1e-3, **inner}},
-        )
-    else:
-        before = saved["config"]
-        config = training.from_dict(
-            training.DistillConfig, {**before, **own, "train": {**before["train"], **inner}}
-        )
+    fresh = {"steps": 1500, "learning_rate": 1e-3}
+    before = {"train": fresh} if saved is None else saved["config"]
+    config = training.from_dict(
+        training.DistillConfig, {**before, **own, "train": {**before["train"], **inner}}
+    )
     words = ["distill", run, "--out", out, "--resume"]
     with resumable(
         command_line(*words, *([] if pairs_from is None else ["--pairs-from", pairs_from]))

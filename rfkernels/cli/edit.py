@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rfkernels._whole_file import write_whole
-from rfkernels.cli.options import Device, choose_device, parse_settings
+from rfkernels.cli.options import (
+    Device,
+    FirstImages,
+    Force,
+    ImagesAtATime,
+    Shift,
+    Silent,
+    check_counts,
+    choose_device,
+    parse_settings,
+)
 from rfkernels.cli.output import check_file, say, write_arrays
 
 if TYPE_CHECKING:
@@ -49,10 +59,7 @@ def edit(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 28,
-    shift: Annotated[
-        float | None,
-        typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
-    ] = None,
+    shift: Shift = None,
     source_guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale of the source's class.")
     ] = None,
@@ -65,15 +72,12 @@ def edit(
             help="Steps that share attention features, for rf-edit and fireflow with a DiT."
         ),
     ] = 0,
-    n: Annotated[
-        int | None,
-        typer.Option("--n", "-n", help="The first so many images.", show_default="all"),
-    ] = None,
+    n: FirstImages = None,
     seed: Annotated[int, typer.Option(help="Of the noise that some methods draw.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images computed at a time.")] = 256,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    batch: ImagesAtATime = 256,
+    force: Force = False,
     device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Edit images into another class without training.
 
@@ -97,9 +101,7 @@ def edit(
     from rfkernels.ops.random import derive_seed
     from rfkernels.training import load
 
-    for name, value in (("n", n), ("batch", batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: must be at least 1; got {value}")
+    check_counts(n=n, batch=batch)
     if seed < 0:
         raise ValueError(f"seed: must not be negative; got {seed}")
     check_file("out", out, (".png", ".safetensors", ".npz"), force=force)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from rfkernels.cli.options import Device, Grid, Shift, choose_device, given
+from rfkernels.cli.options import (
+    Device,
+    FirstImages,
+    Force,
+    Grid,
+    ImagesAtATime,
+    Shift,
+    Silent,
+    check_counts,
+    choose_device,
+    given,
+)
 from rfkernels.cli.output import check_file, say, write_arrays
 
 
@@ -24,10 +35,7 @@ def invert(
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="A .safetensors or .npz file for the noise, x0.")
     ],
-    n: Annotated[
-        int | None,
-        typer.Option("--n", "-n", help="The first so many images.", show_default="all"),
-    ] = None,
+    n: FirstImages = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the solver.", show_default="32; none for dopri5")
     ] = None,
@@ -45,10 +53,10 @@ def invert(
             help="The class of all images, for a conditional run.", show_default="their own labels"
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images computed at a time.")] = 256,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    batch: ImagesAtATime = 256,
+    force: Force = False,
     device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Carry images back to the noise they come from, and say how exact the way is.
 
@@ -69,9 +77,7 @@ def invert(
     from rfkernels.sampling import get_solver, reconstruct
     from rfkernels.training import load
 
-    for name, value in (("n", n), ("batch", batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: must be at least 1; got {value}")
+    check_counts(n=n, batch=batch)
     check_file("out", out, (".safetensors", ".npz"), force=force)
     if getattr(get_solver(solver), "stochastic", False):
         raise ValueError(f"solver: must be deterministic; got {solver!r}, which draws noise")

@@ -1,4 +1,4 @@
-"""What several subcommands take alike: settings given as name=value, the device, an interrupted run's own options."""
+"""What several subcommands take alike: options, settings as name=value, the device, an interrupted run's own config."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from rfkernels.training.processes import join_processes
 from rfkernels.training.run_folder import read_config
 
 __all__ = [
+    "BatchSize",
     "Device",
+    "FirstImages",
+    "Force",
     "Grid",
+    "ImagesAtATime",
+    "Loss",
+    "PairGuidance",
+    "PairSolver",
+    "PairSteps",
     "Quiet",
     "Resume",
     "Settings",
     "Shift",
+    "Silent",
+    "TrainSeed",
     "begun",
+    "check_counts",
     "choose_device",
     "command_line",
     "given",
@@ -35,12 +46,12 @@ Device = Annotated[
         show_default="cuda if there is one, else cpu",
     ),
 ]
-Grid = Annotated[
+
+# Of training.
+BatchSize = Annotated[int | None, typer.Option(help="Samples per step.", show_default="256")]
+Loss = Annotated[
     str | None,
-    typer.Option(
-        help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
-        "and kept in its grid.json."
-    ),
+    typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Resume = Annotated[
@@ -54,11 +65,37 @@ Settings = Annotated[
         help="Any other option of TrainConfig, e.g. --set clip_norm=0.5",
     ),
 ]
+TrainSeed = Annotated[
+    int | None, typer.Option(help="Everything random follows from it.", show_default="0")
+]
 
+# Of a teacher's pairs.
+PairGuidance = Annotated[
+    float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")
+]
+PairSolver = Annotated[
+    str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")
+]
+PairSteps = Annotated[int | None, typer.Option(help="Its steps.", show_default="20")]
+
+# Of what a run makes of noises or images.
+FirstImages = Annotated[
+    int | None, typer.Option("--n", "-n", help="The first so many images.", show_default="all")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Another grid: uniform, karras, exponential, beta; or optimised, made for this run once "
+        "and kept in its grid.json."
+    ),
+]
+ImagesAtATime = Annotated[int, typer.Option(help="Images computed at a time.")]
 Shift = Annotated[
     float | None,
     typer.Option(help="Time shift of the grid: above 1, more steps near the noise."),
 ]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.")]
 
 
 def parse_settings(option: str, settings: Sequence[str] | None) -> dict[str, Any]:
@@ -85,6 +122,17 @@ def parse_settings(option: str, settings: Sequence[str] | None) -> dict[str, Any
 def given(**options: Any) -> dict[str, Any]:
     """The options that the user gave; None is one that was left out."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses what is below 1; None is an option that was left out.
+
+    Raises:
+        ValueError: so it is.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: must be at least 1; got {value}")
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -8,10 +8,16 @@ from typing import Annotated
 import typer
 
 from rfkernels.cli.options import (
+    BatchSize,
     Device,
+    Loss,
+    PairGuidance,
+    PairSolver,
+    PairSteps,
     Quiet,
     Resume,
     Settings,
+    TrainSeed,
     begun,
     choose_device,
     command_line,
@@ -31,22 +37,16 @@ def reflow(
         int | None,
         typer.Option(help="Pairs (noise, sample) that the teacher makes.", show_default="10000"),
     ] = None,
-    solver: Annotated[
-        str | None, typer.Option(help="Solver of the teacher's ODE.", show_default="heun")
-    ] = None,
-    pair_steps: Annotated[int | None, typer.Option(help="Its steps.", show_default="20")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale of the pairs, for a conditional run.")
-    ] = None,
+    solver: PairSolver = None,
+    pair_steps: PairSteps = None,
+    guidance: PairGuidance = None,
     rounds: Annotated[
         int | None, typer.Option(help="How often to reflow.", show_default="1")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps per round.", show_default="2500")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples per step.", show_default="256")
-    ] = None,
+    batch_size: BatchSize = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Its peak.", show_default="1e-3")
     ] = None,
@@ -54,13 +54,8 @@ def reflow(
         str | None,
         typer.Option(help="uniform, u-shaped, logit-normal, ...", show_default="u-shaped"),
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Everything random follows from it.", show_default="0")
-    ] = None,
+    loss: Loss = None,
+    seed: TrainSeed = None,
     settings: Settings = None,
     resume: Resume = False,
     device: Device = None,
@@ -92,15 +87,12 @@ def reflow(
         loss=loss,
         seed=seed,
     ) | parse_settings("set", settings)
-    if saved is None:
-        # 2500 steps at 1e-3: what ReflowConfig starts from; U-shaped times are better for reflow (Lee et al., 2024).
-        inner = {"steps": 2500, "learning_rate": 1e-3, "time_distribution": "u-shaped", **inner}
-        config = training.from_dict(training.ReflowConfig, {**own, "train": inner})
-    else:
-        before = saved["config"]
-        config = training.from_dict(
-            training.ReflowConfig, {**before, **own, "train": {**before["train"], **inner}}
-        )
+    # 2500 steps at 1e-3: what ReflowConfig starts from; U-shaped times are better for reflow (Lee et al., 2024).
+    fresh = {"steps": 2500, "learning_rate": 1e-3, "time_distribution": "u-shaped"}
+    before = {"train": fresh} if saved is None else saved["config"]
+    config = training.from_dict(
+        training.ReflowConfig, {**before, **own, "train": {**before["train"], **inner}}
+    )
     with resumable(command_line("reflow", run, "--out", out, "--resume")):
         training.reflow(teacher, config, run=out, resume=resume, progress=not quiet)
     say(f"The straightened run is in {out}")

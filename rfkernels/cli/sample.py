@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rfkernels._whole_file import write_whole
-from rfkernels.cli.options import Device, Grid, Shift, choose_device
+from rfkernels.cli.options import Device, Force, Grid, Shift, Silent, check_counts, choose_device
 from rfkernels.cli.output import check_file, console, say, write_arrays
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def sample(
         int, typer.Option(help="Of the noise. Sample i is the same whatever --n is.")
     ] = 0,
     batch: Annotated[int, typer.Option(help="Samples computed at a time.")] = 256,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    force: Force = False,
     device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Draw samples from a run.
 
@@ -92,9 +92,7 @@ def sample(
     from rfkernels.training import load
 
     n = (8 if compare else 64) if n is None else n
-    for name, value in (("n", n), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1; got {value}")
+    check_counts(n=n, batch=batch)
     if seed < 0:
         raise ValueError(f"seed: must not be negative; got {seed}")
     if nfe is not None and not compare:

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from rfkernels.cli.options import (
+    BatchSize,
     Device,
+    Loss,
     Quiet,
     Resume,
     Settings,
+    TrainSeed,
     begun,
     choose_device,
     command_line,
@@ -98,9 +101,7 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="3000, or the recipe's")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples per step.", show_default="256")
-    ] = None,
+    batch_size: BatchSize = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Its peak.", show_default="2e-3, or the recipe's")
     ] = None,
@@ -111,10 +112,7 @@ def train(
         str | None,
         typer.Option(help="uniform, logit-normal, u-shaped, ...", show_default="uniform"),
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(help="mse, pseudo_huber or pseudo_huber_elementwise.", show_default="mse"),
-    ] = None,
+    loss: Loss = None,
     coupling: Annotated[
         str | None,
         typer.Option(
@@ -131,9 +129,7 @@ def train(
     sample_every: Annotated[
         int | None, typer.Option(help="Steps between sample pictures in DIR/samples.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Everything random follows from it.", show_default="0")
-    ] = None,
+    seed: TrainSeed = None,
     settings: Settings = None,
     resume: Resume = False,
     device: Device = None,
