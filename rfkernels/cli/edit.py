@@ -94,6 +94,7 @@ def edit(
     """
     import torch
 
+    from rfkernels.cli.images import first_rows
     from rfkernels.cli.pictures import beside, is_image, require_pictures
     from rfkernels.editing import Features
     from rfkernels.editing import edit as edit_samples
@@ -122,9 +123,7 @@ def edit(
             )
         require_pictures()
     data = _open(source, drawer.sample_shape)
-    if data.size is None and n is None:
-        raise ValueError(f"n: must be given for {source}, which has no end; got None")
-    index = torch.arange(data.size if n is None else min(n, data.size or n))
+    index = first_rows(data, source, n)
     if source_label is None and not data.has_labels:
         raise ValueError("source-label: must be given for images without labels; got None")
     key = derive_seed(seed, "edit") // 2
@@ -179,24 +178,17 @@ def _method(name: str, options: list[str] | None) -> Method:
 
 
 def _open(source: str, shape: tuple[int, ...]) -> Data:
-    """The images, in the shape that the run takes."""
+    """A single image, or what `open_images` opens, in the shape that the run takes."""
     import torch
 
-    from rfkernels.data import as_dataset, load_dataset
+    from rfkernels.cli.images import open_images
+    from rfkernels.data import as_dataset
     from rfkernels.data.decode import decode_image
 
     path = Path(source)
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file():
-        if len(shape) != 3 or shape[1] != shape[2]:
-            raise ValueError(f"in: an image needs a run of square images; this one has {shape}")
-        pixels = decode_image(path, source, image_size=shape[-1], channels=shape[0])
-        data = as_dataset(torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1)
-    else:
-        images = path.is_dir() and len(shape) == 3
-        size = {"image_size": shape[-1], "channels": shape[0]} if images else {}
-        data = as_dataset(load_dataset(source, **size))
-    if tuple(data.sample_shape) != tuple(shape):
-        raise ValueError(
-            f"in: samples must have the run's shape, {shape}; got {tuple(data.sample_shape)}"
-        )
-    return data
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
+        return open_images(source, shape)
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(f"in: an image needs a run of square images; this one has {shape}")
+    pixels = decode_image(path, source, image_size=shape[-1], channels=shape[0])
+    return as_dataset(torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1)

@@ -71,8 +71,8 @@ def invert(
     """
     import torch
 
+    from rfkernels.cli.images import first_rows, open_images
     from rfkernels.cli.run_grid import choose_grid
-    from rfkernels.data import as_dataset, load_dataset
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.sampling import get_solver, reconstruct
     from rfkernels.training import load
@@ -84,17 +84,8 @@ def invert(
     device = choose_device(device)
     loaded = load(run, device=device)
     drawer = Drawer(loaded, guidance=guidance, label=label)
-    shape, velocity = drawer.sample_shape, drawer.velocity
-    images = Path(source).is_dir() and len(shape) == 3
-    size = {"image_size": shape[-1], "channels": shape[0]} if images else {}
-    data = as_dataset(load_dataset(source, **size))
-    if tuple(data.sample_shape) != shape:
-        raise ValueError(
-            f"in: samples must have the run's shape, {shape}; got {tuple(data.sample_shape)}"
-        )
-    if data.size is None and n is None:
-        raise ValueError(f"n: must be given for {source}, which has no end; got None")
-    index = torch.arange(data.size if n is None else min(n, data.size or n))
+    data = open_images(source, drawer.sample_shape)
+    index = first_rows(data, source, n)
     if drawer.num_classes is not None and label is None and not data.has_labels:
         raise ValueError("label: must be given for images without labels; got None")
     if steps is None and not get_solver(solver).adaptive:
@@ -113,7 +104,7 @@ def invert(
                 condition = {"y": labels.to(device)}
                 found["labels"].append(labels)
             trip = reconstruct(
-                velocity,
+                drawer.velocity,
                 read.x.to(device),
                 solver=solver,
                 sample_solver=back,

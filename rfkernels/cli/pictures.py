@@ -8,8 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 __all__ = [
     "COLOURS",
@@ -64,11 +68,9 @@ def _tile(image: torch.Tensor, scale: int) -> torch.Tensor:
     return image.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
 
 
-def _png(picture: torch.Tensor) -> bytes:
-    from PIL import Image
-
+def _png(picture: PIL.Image.Image) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(stream, format="PNG", optimize=True)
+    picture.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
 
 
@@ -77,7 +79,10 @@ def one_grid(x: torch.Tensor, columns: int | None = None, side: int = 48) -> byt
 
     Each is enlarged by whole pixels to about `side`.
     """
-    return _png(_grid(x, columns or math.ceil(math.sqrt(len(x))), side))
+    from PIL import Image
+
+    grid = _grid(x, columns or math.ceil(math.sqrt(len(x))), side)
+    return _png(Image.fromarray(grid.numpy()))
 
 
 def _grid(x: torch.Tensor, columns: int, side: int) -> torch.Tensor:
@@ -149,9 +154,7 @@ def grid_table(
                 draw.text((x + 2, middle), grid, fill=FAINT, font=note_font, anchor="lm")
             elif grid is not None:
                 picture.paste(Image.fromarray(grid.numpy()), (x, top))
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG", optimize=True)
-    return stream.getvalue()
+    return _png(picture)
 
 
 def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tensor]]]]) -> bytes:
@@ -192,9 +195,7 @@ def sample_rows(groups: Sequence[tuple[str, str, Sequence[tuple[str, torch.Tenso
                 tile = Image.fromarray(_tile(image, scale).numpy())
                 picture.paste(tile, (left + column * (wide + gap), top))
             top += high + gap
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG", optimize=True)
-    return stream.getvalue()
+    return _png(picture)
 
 
 def beside(before: torch.Tensor, after: torch.Tensor, title: str) -> bytes:

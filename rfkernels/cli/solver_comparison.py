@@ -61,7 +61,7 @@ def compared(
     """The same noises under every solver.
 
     Args:
-        drawer: the run.
+        drawer: the run, of samples that are pictures or points.
         solvers: names with commas; None for all that fit the run.
         counts: evaluations of the network; every solver takes as many steps as that allows, and its
             place says so where not even one does. An adaptive solver takes what it needs.
@@ -69,23 +69,16 @@ def compared(
         options: of `Drawer.draw`: seed, grid, batch.
 
     Raises:
-        ValueError: a name that is no solver, or samples that are no pictures.
+        ValueError: a name that is no solver, or counts that allow none of them a step.
     """
-    from rfkernels.cli.pictures import COLOURS, grid_table, is_image, require_pictures
+    from rfkernels.cli.pictures import COLOURS, grid_table, is_image
     from rfkernels.cli.plots import cloud_table, frame_of
     from rfkernels.sampling import get_solver
     from rfkernels.sampling.run import TolerancesNotReachedError
 
-    picture = is_image(drawer.sample_shape)
-    if not picture and drawer.sample_shape != (2,):
-        raise ValueError(f"compare: samples of the shape {drawer.sample_shape} are no pictures")
-    require_pictures()
     names = _names(drawer, solvers)
-    each = drawer.calls
     fixed = [name for name in names if not get_solver(name).adaptive]
-    cells = [
-        [_drawn(drawer, name, count, each, index, options) for count in counts] for name in fixed
-    ]
+    cells = [[_drawn(drawer, name, count, index, options) for count in counts] for name in fixed]
     noisy = [name for name in fixed if getattr(get_solver(name), "stochastic", False)]
     rows = [f"{name}\nwith noise" if name in noisy else name for name in fixed]
     distances, reference = {}, None
@@ -111,7 +104,7 @@ def compared(
     drawn = [x for members in cells for x in members if isinstance(x, torch.Tensor)]
     if not drawn:
         raise ValueError(f"nfe: must allow a step of one of the solvers; got {counts}")
-    if picture:
+    if is_image(drawer.sample_shape):
         png = grid_table(columns, rows, cells, min(len(index), _ACROSS))
     else:
         png = cloud_table(columns, rows, cells, frame_of(torch.cat(drawn)))
@@ -122,13 +115,13 @@ def _drawn(
     drawer: Drawer,
     name: str,
     count: int,
-    each: int,
     index: torch.Tensor,
     options: dict[str, Any],
 ) -> torch.Tensor | str:
-    """Samples by at most `count` evaluations, `each` of them a call of the solver's; or why there are none."""
+    """Samples by at most `count` evaluations; or why there are none."""
     from rfkernels.sampling import evaluations, steps_within
 
+    each = drawer.calls  # evaluations for one call of the solver's
     steps = steps_within(name, count // each)
     if steps is None:
         return f"a step takes {evaluations(name, 1) * each}"
