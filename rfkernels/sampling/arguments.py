@@ -93,11 +93,7 @@ def check_seed(caller: str, seed: int | Tensor, x: Tensor) -> int | Tensor:
                 f"got shape {tuple(seed.shape)}"
             )
         return seed.to(x.device)
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(
-            f"{caller}: seed must be an int or an int64 tensor; got {type(seed).__name__}"
-        )
-    seed = operator.index(seed)
+    seed = _integer(caller, "seed", seed, "an int or an int64 tensor")
     if not 0 <= seed < 2**63:
         raise ValueError(f"{caller}: seed must be in [0, 2**63); got {seed}")
     return seed
@@ -105,9 +101,7 @@ def check_seed(caller: str, seed: int | Tensor, x: Tensor) -> int | Tensor:
 
 def check_steps(caller: str, steps: object) -> int:
     """An integer from 1, bool excepted."""
-    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
-        raise TypeError(f"{caller}: steps must be an integer; got {type(steps).__name__}")
-    steps = operator.index(steps)
+    steps = _integer(caller, "steps", steps, "an integer")
     if steps < 1:
         raise ValueError(f"{caller}: steps must be at least 1; got {steps}")
     return steps
@@ -171,8 +165,8 @@ def make_field(
         velocity,
         x.dtype,
         x.shape[0],
-        condition=_conditions(caller, "condition", condition),
-        uncondition=_conditions(caller, "uncondition", uncondition),
+        condition=check_condition(caller, "condition", condition),
+        uncondition=check_condition(caller, "uncondition", uncondition),
         guidance=guidance,
         compiled=compiled,
         # These modes may replay CUDA graphs, whose outputs live until the next replay only.
@@ -195,6 +189,13 @@ def requires_grad(*values: Any) -> bool:
     return any(isinstance(v, Tensor) and v.requires_grad for v in leaves(values))
 
 
+def _integer(caller: str, name: str, value: object, rule: str) -> int:
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):  # what is none, and arrays of several
+            return operator.index(value)
+    raise TypeError(f"{caller}: {name} must be {rule}; got {type(value).__name__}")
+
+
 def _number(caller: str, name: str, value: object) -> float:
     if not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # arrays of several
@@ -202,7 +203,8 @@ def _number(caller: str, name: str, value: object) -> float:
     raise TypeError(f"{caller}: {name} must be a number; got {type(value).__name__}")
 
 
-def _conditions(caller: str, name: str, value: object) -> Mapping[str, Any]:
+def check_condition(caller: str, name: str, value: object) -> Mapping[str, Any]:
+    """Keyword arguments of the velocity; {} for None."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):

@@ -157,7 +157,7 @@ def get_grid(grid: object) -> Grid:
     if isinstance(grid, (int, float)) and not isinstance(grid, bool):
         return ShiftedGrid(float(grid))
     if isinstance(grid, Iterable):
-        values = tuple(grid)
+        values = tuple(t.tolist() if hasattr(t, "tolist") else t for t in grid)  # NumPy's, 0-d
         if all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in values):
             return CustomGrid(values)
     raise TypeError(

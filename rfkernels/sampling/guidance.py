@@ -93,7 +93,8 @@ def _checked(owner: str, name: str, value: object) -> None:
     """Refuse what is neither a finite number nor, for the scale, a tensor."""
     if isinstance(value, Tensor) and name == "scale":
         return
-    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+    single = hasattr(value, "__float__") and not getattr(value, "ndim", 0)  # no array of several
+    if isinstance(value, (bool, str, Tensor)) or not single:
         raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{owner}: {name} must be finite; got {value}")

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from rfkernels._dispatch import transforms_active
 from rfkernels.ops.random import derive_seed, rand, randn
-from rfkernels.sampling.arguments import check_callable, check_samples, requires_grad
+from rfkernels.sampling.arguments import (
+    check_callable,
+    check_condition,
+    check_samples,
+    requires_grad,
+)
 from rfkernels.sampling.field import check_answer
 from rfkernels.sampling.guidance import ClassifierFree, Guidance, Interval
 from rfkernels.sampling.nested import map_leaves
@@ -97,8 +102,9 @@ def log_likelihood(
         ValueError, TypeError: arguments that do not fit.
     """
     _check(velocity, x1, trace, probes, probe, seed, guidance_scale)
-    condition = dict(condition or {})
-    uncondition = None if uncondition is None else dict(uncondition)
+    condition = dict(check_condition("log_likelihood", "condition", condition))
+    if uncondition is not None:
+        uncondition = dict(check_condition("log_likelihood", "uncondition", uncondition))
     if torch.is_inference_mode_enabled():
         # Nothing can be differentiated there, nor what was made there.
         def plain(value: Any) -> Any:

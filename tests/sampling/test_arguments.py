@@ -25,6 +25,9 @@ REFUSED = [
     ({"steps": -3}, ValueError, "at least 1; got -3"),
     ({"steps": 2.0}, TypeError, "steps must be an integer; got float"),
     ({"steps": True}, TypeError, "steps must be an integer; got bool"),
+    ({"steps": np.arange(2)}, TypeError, "steps must be an integer; got ndarray"),
+    ({"steps": torch.tensor(2.0)}, TypeError, "steps must be an integer; got Tensor"),
+    ({"seed": np.arange(5), "solver": "sde"}, TypeError, "an int64 tensor; got ndarray"),
     ({"steps": None}, ValueError, "steps must be given with solver 'euler'"),
     (
         {"solver": "eulr"},

@@ -375,6 +375,7 @@ def test_gradients_where_a_norm_is_zero(guidance, c, u, x0):
     ("make", "error", "message"),
     [
         (lambda: Rescaled("3"), TypeError, "Rescaled: scale must be a number; got str"),
+        (lambda: Rescaled(np.ones(3)), TypeError, "scale must be a number; got ndarray"),
         (lambda: Rescaled(3.0, phi=2.0), ValueError, r"phi must be in \[0, 1\]; got 2.0"),
         (lambda: CFGZero(float("nan")), ValueError, "CFGZero: scale must be finite"),
         (lambda: CFGZero(2.0, zero_steps=-1), ValueError, "zero_steps must not be negative"),

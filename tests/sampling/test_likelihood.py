@@ -317,6 +317,7 @@ def test_another_source_and_a_still_flow():
         ({"probes": 0, "seed": 1}, ValueError, "probes must be at least 1; got 0"),
         ({"probe": "sphere", "seed": 1}, ValueError, "'rademacher' or 'gaussian'; got 'sphere'"),
         ({"seed": 1, "solver": "sde", "steps": 2}, ValueError, "solver must be deterministic"),
+        ({"seed": 1, "condition": [1]}, TypeError, "log_likelihood: condition must be a dict"),
         (
             {"seed": 1, "log_density": lambda x: x},
             ValueError,
