@@ -21,6 +21,33 @@ Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LOSSES = ("mse", "pseudo_huber", "pseudo_huber_elementwise")
 
+# What TrainConfig checks: whole numbers, numbers within bounds (None where that is a default), words.
+_FROM_1 = (
+    "steps", "batch_size", "accumulate", "holdout_every", "log_every", "checkpoint_every",
+    "keep_checkpoints", "sample_steps",
+)  # fmt: skip
+_FROM_0 = ("warmup_steps", "sample_every", "seed")
+_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "learning_rate": (lambda x: x > 0, "must be positive"),
+    "weight_decay": (lambda x: x >= 0, "must not be negative"),
+    "clip_norm": (lambda x: x > 0, "must be positive or None"),
+    "ema_decay": (lambda x: 0 <= x < 1, "must be in [0, 1)"),
+    "time_max": (lambda x: 0 < x <= 1, "must be in (0, 1]"),
+    "huber_c": (lambda x: x > 0, "must be positive or None"),
+    "label_dropout": (lambda x: 0 <= x < 1, "must be in [0, 1)"),
+    "holdout": (lambda x: 0 <= x < 1, "must be in [0, 1)"),
+}
+_OPTIONAL = ("clip_norm", "time_max", "huber_c")
+_CHOICES = {
+    "schedule": ("cosine", "constant"),
+    "loss": LOSSES,
+    "coupling": ("independent", "ot", "ot-global", "given"),
+    "optimizer": ("adamw", "adamp", "sgdp"),
+    "parallel": ("ddp", "fsdp"),
+    "autocast": (None, "bfloat16"),
+    "conditional": (None, True, False),
+}
+
 
 @dataclass(frozen=True)
 class OwnObject:
@@ -113,112 +140,39 @@ class TrainConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "holdout_every",
-            "log_every",
-            "checkpoint_every",
-        ):
+        for name in _FROM_1:
             whole(name, getattr(self, name), 1)
-        for name in ("keep_checkpoints", "sample_steps"):
-            whole(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "sample_every", "seed"):
+        for name in _FROM_0:
             whole(name, getattr(self, name), 0)
         require(self.seed < 2**63, "seed", "must be below 2**63", self.seed)
         if self.num_threads is not None:
             whole("num_threads", self.num_threads, 1)
-        require(
-            self.batch_size % self.accumulate == 0,
-            "accumulate",
-            f"must divide batch_size, {self.batch_size}",
-            self.accumulate,
-        )
-        require(
-            number("learning_rate", self.learning_rate) > 0,
-            "learning_rate",
-            "must be positive",
-            self.learning_rate,
-        )
-        require(
-            number("weight_decay", self.weight_decay) >= 0,
-            "weight_decay",
-            "must not be negative",
-            self.weight_decay,
-        )
-        require(
-            isinstance(self.betas, (tuple, list)) and len(self.betas) == 2,
-            "betas",
-            "must be two numbers",
-            self.betas,
-        )
-        # JSON gives a list back; the dataclass stays hashable and comparable with a tuple.
-        object.__setattr__(self, "betas", tuple(number("betas", b) for b in self.betas))
-        require(all(0 <= b < 1 for b in self.betas), "betas", "must lie in [0, 1)", self.betas)
-        if self.clip_norm is not None:
-            require(
-                number("clip_norm", self.clip_norm) > 0,
-                "clip_norm",
-                "must be positive or None",
-                self.clip_norm,
-            )
-        require(
-            0 <= number("ema_decay", self.ema_decay) < 1,
-            "ema_decay",
-            "must be in [0, 1)",
-            self.ema_decay,
-        )
-        if self.time_max is not None:
-            require(
-                0 < number("time_max", self.time_max) <= 1,
-                "time_max",
-                "must be in (0, 1]",
-                self.time_max,
-            )
-        require(
-            0 <= number("time_min", self.time_min) < (self.time_max or 1),
-            "time_min",
-            "must be in [0, time_max)",
-            self.time_min,
-        )
+        rule = f"must divide batch_size, {self.batch_size}"
+        require(self.batch_size % self.accumulate == 0, "accumulate", rule, self.accumulate)
+        for name, (holds, rule) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                require(holds(number(name, value)), name, rule, value)
+        self._check_betas()
+        inside = 0 <= number("time_min", self.time_min) < (self.time_max or 1)
+        require(inside, "time_min", "must be in [0, time_max)", self.time_min)
         if self.huber_c is not None:
-            require(
-                number("huber_c", self.huber_c) > 0,
-                "huber_c",
-                "must be positive or None",
-                self.huber_c,
-            )
-            require(
-                self.loss != "mse",
-                "huber_c",
-                "belongs to the pseudo-Huber losses; loss is 'mse'",
-                self.huber_c,
-            )
-        require(
-            0 <= number("label_dropout", self.label_dropout) < 1,
-            "label_dropout",
-            "must be in [0, 1)",
-            self.label_dropout,
-        )
-        require(
-            0 <= number("holdout", self.holdout) < 1, "holdout", "must be in [0, 1)", self.holdout
-        )
-        for name, choices in (
-            ("schedule", ("cosine", "constant")),
-            ("loss", LOSSES),
-            ("coupling", ("independent", "ot", "ot-global", "given")),
-            ("optimizer", ("adamw", "adamp", "sgdp")),
-            ("parallel", ("ddp", "fsdp")),
-            ("autocast", (None, "bfloat16")),
-            ("conditional", (None, True, False)),
-        ):
+            rule = "belongs to the pseudo-Huber losses; loss is 'mse'"
+            require(self.loss != "mse", "huber_c", rule, self.huber_c)
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             require(value in choices, name, f"must be one of {', '.join(map(str, choices))}", value)
         if not isinstance(self.path, OwnObject):
             self._check_time_max()
         if not isinstance(self.time_distribution, OwnObject):
             get_time_distribution(self.time_distribution)
+
+    def _check_betas(self) -> None:
+        two = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        require(two, "betas", "must be two numbers", self.betas)
+        # JSON gives a list back; the dataclass stays hashable and comparable with a tuple.
+        object.__setattr__(self, "betas", tuple(number("betas", b) for b in self.betas))
+        require(all(0 <= b < 1 for b in self.betas), "betas", "must lie in [0, 1)", self.betas)
 
     def _check_time_max(self) -> None:
         """A path whose target diverges at the data must be left before."""
