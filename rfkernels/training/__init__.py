@@ -12,7 +12,7 @@ from rfkernels.training.distill import distill
 from rfkernels.training.domain_adaptation import FeatureAdapter, adapt_features
 from rfkernels.training.invert_data import invert_data
 from rfkernels.training.load import LoadedRun, load
-from rfkernels.training.make_pairs import make_pairs, model_hash
+from rfkernels.training.make_pairs import make_pairs
 from rfkernels.training.metrics_log import read_metrics
 from rfkernels.training.mixed_pairs import MixedPairs
 from rfkernels.training.pairs import PairStore
@@ -20,6 +20,7 @@ from rfkernels.training.reflow import reflow
 from rfkernels.training.train import train_flow
 from rfkernels.training.train_recipe import train_recipe
 from rfkernels.training.trainer import RunResult, TrainingDivergedError
+from rfkernels.training.write_pairs import model_hash
 
 __all__ = [
     "DistillConfig",

@@ -13,9 +13,9 @@ from rfkernels.sampling import sample
 from rfkernels.training.checks import check_class_labels
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.trainer import device_of
-from rfkernels.training.write_pairs import describe_pairs, model_hash, write_pairs
+from rfkernels.training.write_pairs import describe_pairs, write_pairs
 
-__all__ = ["make_pairs", "model_hash"]
+__all__ = ["make_pairs"]
 
 
 def make_pairs(

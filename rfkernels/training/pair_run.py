@@ -16,7 +16,6 @@ from rfkernels.training.checks import (
     check_label_dropout,
     check_model,
 )
-from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objective import Objective, Setting
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.reflow import pair_source, teacher_pairs
@@ -24,6 +23,7 @@ from rfkernels.training.teacher import Teacher, check_flow, pair_labels
 from rfkernels.training.train import open_run, run_trainer
 from rfkernels.training.trainer import RunResult
 from rfkernels.training.trial import TRIAL, noise_draw, try_objective
+from rfkernels.training.write_pairs import model_hash
 
 __all__ = ["open_pairs", "run_on_pairs"]
 

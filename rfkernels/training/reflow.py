@@ -15,7 +15,7 @@ from torch import nn
 from rfkernels.ops.random import derive_seed
 from rfkernels.training.checks import check_label_dropout, check_start
 from rfkernels.training.config import DistillConfig, ReflowConfig, TrainConfig
-from rfkernels.training.make_pairs import make_pairs, model_hash
+from rfkernels.training.make_pairs import make_pairs
 from rfkernels.training.objective import Setting
 from rfkernels.training.pairs import PairStore
 from rfkernels.training.parallel import whole
@@ -26,6 +26,7 @@ from rfkernels.training.sources import PairSource
 from rfkernels.training.teacher import AnyTeacher, Teacher, check_flow, find_teacher, pair_labels
 from rfkernels.training.train import open_run, run_trainer
 from rfkernels.training.trainer import RunResult, device_of
+from rfkernels.training.write_pairs import model_hash
 
 __all__ = ["reflow"]
 

@@ -16,7 +16,6 @@ from rfkernels.training.checks import (
     check_model,
     check_start,
 )
-from rfkernels.training.make_pairs import model_hash
 from rfkernels.training.objective import Setting
 from rfkernels.training.pair_run import open_pairs, run_on_pairs
 from rfkernels.training.pairs import PairStore
@@ -25,6 +24,7 @@ from rfkernels.training.teacher import AnyTeacher, Teacher, find_teacher
 from rfkernels.training.train import Samples, data_source, run_trainer
 from rfkernels.training.trainer import RunResult
 from rfkernels.training.trial import TRIAL, try_objective
+from rfkernels.training.write_pairs import model_hash
 
 __all__ = ["train_recipe"]
 
