@@ -1,4 +1,4 @@
-"""What attention hands over to PyTorch, what it counts, and packed sequences."""
+"""What attention hands over to PyTorch, and what it counts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import threading
 
 import pytest
 import torch
-from attention_cells import every_cell
-from attention_inputs import decibels, exact
 from cells import same_bits
 from tensors import normal
 from tolerances import BF16, F16, F32, F64
@@ -325,6 +323,32 @@ def test_the_alias_on_cuda():
     assert resolve("fp8", "cuda", 64, (9, 0)) == "fp8"
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_measured_rule_hands_over_few_queries_and_keeps_many(dtype, measured_rule, monkeypatch):
+    monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
+
+    def reason(queries, keys, dim=64):
+        return rule.handover_reason(queries, keys, dim, dim, "none", dtype, "cpu", 2, "int8_u8")
+
+    assert reason(1, 4096) == reason(16, 16) == rule.FEW
+    assert reason(1024, 1024) is None
+    assert reason(4096, 77, 128) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "scheme", "wanted"),
+    [
+        ("baseline", "int8_u8", rule.PORTABLE), ("avx2", "int8_u8", None), ("avx512", "bf16", rule.NO_TILES),
+        ("avx2", "int8_bf16", rule.NO_TILES), ("amx", "bf16", None), (None, "int8_u8", None),
+    ],
+)  # fmt: skip
+def test_levels_that_are_slower_than_pytorch(level, scheme, wanted, measured_rule, monkeypatch):
+    monkeypatch.setattr(rule, "_cpu_level", lambda: level)
+    found = rule.handover_reason(1024, 1024, 64, 64, "none", BF16, "cpu", 2, scheme)
+    assert found == wanted
+    assert wanted is None or wanted in rule.rules()
+
+
 # Counters --------------------------------------------------------------------------------------------------------
 
 
@@ -372,82 +396,3 @@ def test_resets_lose_no_handover():
     seen.append(rf.attention_stats(reset=True).handovers.get(("int8", rule.FLOAT64), 0))
     assert sum(seen) == 600
     assert not rf.attention_stats().handovers
-
-
-# Packed sequences ------------------------------------------------------------------------------------------------
-
-
-def packed(rows, keys, heads=4, kv_heads=2):
-    q = normal(sum(rows), heads, 24)
-    k, v = normal(sum(keys), kv_heads, 24, key=1), normal(sum(keys), kv_heads, 16, key=2)
-    offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (rows, keys)]
-    return q, k, v, *offsets
-
-
-@every_cell
-@pytest.mark.parametrize(
-    ("rows", "keys"),
-    [((5, 0, 70, 1), (9, 4, 0, 130)), ((30, 30, 30), (40, 40, 40)), ((7,), (9,)), ((0, 0), (0, 3))],
-    ids=["ragged", "equal", "one", "no rows"],
-)
-def test_packed_sequences_are_separate_calls(cell, rows, keys):
-    q, k, v, cu_q, cu_k = packed(rows, keys)
-    on = [t.to(cell.device) for t in (q, k, v, cu_q.int(), cu_k)]
-    for causal in (False, True):
-        options = {"is_causal": causal, "enable_gqa": True, "return_lse": True}
-        out, lse = cell.run(
-            lambda options=options: rf.attention_varlen(*on, precision=cell.scheme, **options)
-        )
-        assert out.shape == (sum(rows), 4, 16)
-        assert lse.shape == (sum(rows), 4)
-        for i in range(len(rows)):
-            a, b = (slice(int(c[i]), int(c[i + 1])) for c in (cu_q, cu_k))
-            one = (q[a].transpose(0, 1)[None], *(t[b].transpose(0, 1)[None] for t in (k, v)))
-            expected, sums = cell.attention(*one, **options)
-            same_bits(out[a].cpu(), expected[0].transpose(0, 1))
-            same_bits(lse[a].cpu(), sums[0].transpose(0, 1))
-
-
-def test_gradients_of_packed_sequences():
-    q, k, v, cu_q, cu_k = packed((5, 0, 70, 1), (9, 4, 8, 130))
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    grad = normal(76, 4, 16, key=3)
-    rf.attention_varlen(*leaves, cu_q, cu_k, enable_gqa=True, precision="int8").backward(grad)
-    doubles = [t.double().requires_grad_() for t in (q, k, v)]
-    parts = []
-    for i in range(4):
-        a, b = (slice(int(c[i]), int(c[i + 1])) for c in (cu_q, cu_k))
-        one = (
-            doubles[0][a].transpose(0, 1)[None],
-            *(t[b].transpose(0, 1)[None] for t in doubles[1:]),
-        )
-        parts.append(exact(*one)[0].transpose(0, 1))
-    torch.cat(parts).backward(grad.double())
-    for found, truth in zip(leaves, doubles, strict=True):
-        assert float(decibels(found.grad[None], truth.grad[None])) > 110.0
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_the_measured_rule_hands_over_few_queries_and_keeps_many(dtype, measured_rule, monkeypatch):
-    monkeypatch.setattr(rule, "_slow_level", lambda scheme: None)
-
-    def reason(queries, keys, dim=64):
-        return rule.handover_reason(queries, keys, dim, dim, "none", dtype, "cpu", 2, "int8_u8")
-
-    assert reason(1, 4096) == reason(16, 16) == rule.FEW
-    assert reason(1024, 1024) is None
-    assert reason(4096, 77, 128) is None
-
-
-@pytest.mark.parametrize(
-    ("level", "scheme", "wanted"),
-    [
-        ("baseline", "int8_u8", rule.PORTABLE), ("avx2", "int8_u8", None), ("avx512", "bf16", rule.NO_TILES),
-        ("avx2", "int8_bf16", rule.NO_TILES), ("amx", "bf16", None), (None, "int8_u8", None),
-    ],
-)  # fmt: skip
-def test_levels_that_are_slower_than_pytorch(level, scheme, wanted, measured_rule, monkeypatch):
-    monkeypatch.setattr(rule, "_cpu_level", lambda: level)
-    found = rule.handover_reason(1024, 1024, 64, 64, "none", BF16, "cpu", 2, scheme)
-    assert found == wanted
-    assert wanted is None or wanted in rule.rules()
