@@ -94,7 +94,7 @@ def edit(
     """
     import torch
 
-    from rfkernels.cli.images import first_rows
+    from rfkernels.cli.images import check_labels, first_rows
     from rfkernels.cli.pictures import beside, is_image, require_pictures
     from rfkernels.editing import Features
     from rfkernels.editing import edit as edit_samples
@@ -124,8 +124,8 @@ def edit(
         require_pictures()
     data = _open(source, drawer.sample_shape)
     index = first_rows(data, source, n)
-    if source_label is None and not data.has_labels:
-        raise ValueError("source-label: must be given for images without labels; got None")
+    if source_label is None:
+        check_labels(data, "source-label", drawer.num_classes)
     key = derive_seed(seed, "edit") // 2
     found: dict[str, list[torch.Tensor]] = {"x": [], "labels": [], "source": []}
     nfe = size = 0

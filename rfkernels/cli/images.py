@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from rfkernels.data.dataset import Data
 
-__all__ = ["first_rows", "open_images"]
+__all__ = ["check_labels", "first_rows", "open_images"]
 
 
 def open_images(source: str, shape: tuple[int, ...]) -> Data:
@@ -29,6 +29,22 @@ def open_images(source: str, shape: tuple[int, ...]) -> Data:
             f"in: samples must have the run's shape, {shape}; got {tuple(data.sample_shape)}"
         )
     return data
+
+
+def check_labels(data: Data, option: str, classes: int) -> None:
+    """For images that go by their own labels, since ``option`` gave none.
+
+    Raises:
+        ValueError: there are none, or others than the run's.
+    """
+    if not data.has_labels:
+        raise ValueError(f"{option}: must be given for images without labels; got None")
+    found = getattr(data, "num_classes", None)
+    if found is not None and found > classes:
+        raise ValueError(
+            f"{option}: must be given for images with labels beyond the run's, 0 to {classes - 1}; "
+            f"got the label {found - 1}"
+        )
 
 
 def first_rows(data: Data, source: str, n: int | None) -> torch.Tensor:

@@ -71,7 +71,7 @@ def invert(
     """
     import torch
 
-    from rfkernels.cli.images import first_rows, open_images
+    from rfkernels.cli.images import check_labels, first_rows, open_images
     from rfkernels.cli.run_grid import choose_grid
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.sampling import get_solver, reconstruct
@@ -86,8 +86,8 @@ def invert(
     drawer = Drawer(loaded, guidance=guidance, label=label)
     data = open_images(source, drawer.sample_shape)
     index = first_rows(data, source, n)
-    if drawer.num_classes is not None and label is None and not data.has_labels:
-        raise ValueError("label: must be given for images without labels; got None")
+    if drawer.num_classes is not None and label is None:
+        check_labels(data, "label", drawer.num_classes)
     if steps is None and not get_solver(solver).adaptive:
         steps = 32
     times = choose_grid(loaded, grid, shift, solver=solver, guidance=guidance, quiet=quiet)

@@ -125,8 +125,20 @@ def test_refusals(run, tmp_path, capsys, options, words):
     assert not (tmp_path / "x.npz").exists()
 
 
-def test_images_without_labels_need_one(run, tmp_path, capsys):
-    save_file({"x": torch.zeros(1, 1, 8, 8)}, tmp_path / "in.safetensors")
-    arguments = ["edit", run, "--in", str(tmp_path / "in.safetensors"), "--target-label", "1"]
-    assert main([*arguments, "--out", str(tmp_path / "x.npz")]) == 2
-    assert "source-label: must be given" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({}, "without labels; got None"),
+        (
+            {"labels": torch.tensor([3, 10])},
+            "with labels beyond the run's, 0 to 9; got the label 10",
+        ),
+    ],
+)
+def test_images_without_labels_of_the_run_need_one(run, tmp_path, capsys, labels, words):
+    save_file({"x": torch.zeros(2, 1, 8, 8), **labels}, tmp_path / "in.safetensors")
+    arguments = [run, "--in", str(tmp_path / "in.safetensors"), "--out", str(tmp_path / "x.npz")]
+    assert main(["edit", *arguments, "--target-label", "1"]) == 2
+    assert f"source-label: must be given for images {words}" in capsys.readouterr().err
+    assert main(["invert", *arguments]) == 2
+    assert f"label: must be given for images {words}" in capsys.readouterr().err
