@@ -1,6 +1,4 @@
-"""diffusers' networks as velocity fields: equal to calling them by hand, trainable, and read from folders."""
-
-import json
+"""diffusers' networks as velocity fields: equal to calling them by hand, and trainable."""
 
 import pytest
 import torch
@@ -10,8 +8,6 @@ from diffusers_family import build, images, padding, text, video
 
 import rfkernels as rf
 from rfkernels.data import Dataset
-from rfkernels.flow import CosineBetas, LinearBetas, ScaledLinearBetas
-from rfkernels.integrations import diffusers as rfd
 from rfkernels.integrations.diffusers import (
     DiffusersNetwork,
     DiffusersVelocity,
@@ -321,136 +317,35 @@ def test_sdxl_conditions_are_flat():
     assert torch.equal(found, inner(x, k, words, added_cond_kwargs=extra).sample)
 
 
-def pipeline(folder, scheduler, part="unet", name="UNet2D"):
-    network(name).save_pretrained(folder / part)
-    scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline"}))
-    return folder
-
-
-def test_the_pipelines_scheduler_says_what_is_predicted(tmp_path):
-    from diffusers import (
-        DDIMScheduler,
-        DDPMScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        LTXEulerAncestralRFScheduler,
-    )
-
-    for number, (scheduler, prediction, schedule) in enumerate(
-        (
-            (DDPMScheduler(), "epsilon", LinearBetas(1e-4, 0.02)),
-            (
-                DDIMScheduler(
-                    beta_start=0.00085,
-                    beta_end=0.012,
-                    beta_schedule="scaled_linear",
-                    prediction_type="v_prediction",
-                ),
-                "v",
-                ScaledLinearBetas(),
-            ),
-            (
-                DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"),
-                "x1",
-                CosineBetas(),
-            ),
-        )
-    ):
-        model = velocity_from_pretrained(pipeline(tmp_path / str(number), scheduler))
-        assert (model.prediction, model.schedule) == (prediction, schedule)
-        torch.testing.assert_close(
-            model.schedule.alpha_bar, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-9
-        )
-    for scheduler in (
-        FlowMatchEulerDiscreteScheduler(),
-        LTXEulerAncestralRFScheduler(),
-        rfd.RFMidpointScheduler(),
-        rfd.RFMultistepScheduler(),
-    ):
-        folder = tmp_path / type(scheduler).__name__
-        flow = pipeline(folder, scheduler, "transformer", "SD3")
-        assert isinstance(velocity_from_pretrained(flow), DiffusersVelocity)
-
-
-def test_what_a_scheduler_does_not_say_is_given(tmp_path):
-    from diffusers import DDIMScheduler, EDMEulerScheduler
-
-    zero = pipeline(tmp_path / "zero", DDIMScheduler(rescale_betas_zero_snr=True))
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr has no counterpart"):
-        velocity_from_pretrained(zero)
-    assert velocity_from_pretrained(zero, schedule="cosine").prediction == "epsilon"
-    other = pipeline(tmp_path / "other", EDMEulerScheduler())  # on levels of its own
-    for options in ({}, {"schedule": "cosine"}, {"prediction": "epsilon"}):
-        with pytest.raises(ValueError, match="EDMEulerScheduler has no schedule of betas"):
-            velocity_from_pretrained(other, **options)
-    said = velocity_from_pretrained(other, prediction="v", schedule="cosine")
-    assert (said.prediction, said.schedule) == ("v", CosineBetas())
-
-
-def test_half_precision_weights(tmp_path):
-    network("SD3").save_pretrained(tmp_path)
-    model = velocity_from_pretrained(tmp_path, dtype=torch.bfloat16)
-    given = {key: value.bfloat16() for key, value in condition("SD3").items()}
-    found = rf.sample(model, images().bfloat16(), steps=2, condition=given)
-    assert found.dtype == torch.bfloat16
-    assert found.isfinite().all()
-
-
-def test_bad_requests(tmp_path):
+def test_bad_requests():
     inner = network("UNet2D")
-    inner.save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    cases = [
+    field = velocity_from_pretrained
+    unequal = {"a": torch.ones(2, 1), "b": torch.ones(3, 1)}
+    for call, kind, message in (
+        (lambda: field(torch.nn.Linear(2, 2)), TypeError, "network: must be a diff"),
+        (lambda: field(inner), ValueError, "prediction: a UNet2DModel may predict"),
         (
-            lambda: velocity_from_pretrained(torch.nn.Linear(2, 2)),
-            TypeError,
-            "network: must be a diff",
-        ),
-        (
-            lambda: velocity_from_pretrained(inner),
-            ValueError,
-            "prediction: a UNet2DModel may predict",
-        ),
-        (
-            lambda: velocity_from_pretrained(inner, prediction="epsilon"),
+            lambda: field(inner, prediction="epsilon"),
             ValueError,
             "schedule: must be given for prediction 'epsilon'",
         ),
         (
-            lambda: velocity_from_pretrained(inner, prediction="velocity", schedule="linear"),
+            lambda: field(inner, prediction="velocity", schedule="linear"),
             ValueError,
             "schedule: a velocity has none",
         ),
         (
-            lambda: velocity_from_pretrained(inner, prediction="noise", schedule="linear"),
+            lambda: field(inner, prediction="noise", schedule="linear"),
             ValueError,
             "prediction: must be one of",
         ),
         (
-            lambda: velocity_from_pretrained(inner, dtype=torch.bfloat16),
+            lambda: field(inner, dtype=torch.bfloat16),
             ValueError,
             "dtype: is that of weights to be loaded",
         ),
         (
-            lambda: velocity_from_pretrained(tmp_path / "none"),
-            FileNotFoundError,
-            "source: .* is no folder",
-        ),
-        (
-            lambda: velocity_from_pretrained(tmp_path / "empty"),
-            FileNotFoundError,
-            "holds no network",
-        ),
-        (lambda: velocity_from_pretrained(tmp_path / "other"), TypeError, "got AutoencoderKL"),
-        (
-            lambda: velocity_from_pretrained(tmp_path / "pickled", prediction="velocity"),
-            OSError,
-            "safetensors",
-        ),
-        (
-            lambda: DiffusersNetwork(inner, prompts={"a": torch.ones(2, 1), "b": torch.ones(3, 1)}),
+            lambda: DiffusersNetwork(inner, prompts=unequal),
             ValueError,
             "prompts: must have equally many rows",
         ),
@@ -460,11 +355,10 @@ def test_bad_requests(tmp_path):
             "prompts: a must be a tens",
         ),
         (
-            lambda: velocity_from_pretrained(network("SD3"))(images(), T, y=torch.tensor([0, 1])),
+            lambda: field(network("SD3"))(images(), T, y=torch.tensor([0, 1])),
             ValueError,
             "y: a SD3Transformer2DModel takes no labels",
         ),
-    ]
-    for call, kind, message in cases:
+    ):
         with pytest.raises(kind, match=message):
             call()
