@@ -34,7 +34,7 @@ def edit(
         typer.Option(
             "--in",
             metavar="IMAGES",
-            help="A .png or .jpg image, a folder of them, an .npz or .safetensors file with the array "
+            help="An image, a folder of images, an .npz or .safetensors file with the array "
             "x, or a data set.",
         ),
     ],
@@ -183,10 +183,10 @@ def _open(source: str, shape: tuple[int, ...]) -> Data:
 
     from rfkernels.cli.images import open_images
     from rfkernels.data import as_dataset
-    from rfkernels.data.decode import decode_image
+    from rfkernels.data.decode import IMAGE_SUFFIXES, decode_image
 
     path = Path(source)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
+    if path.suffix.lower()[1:] not in IMAGE_SUFFIXES or path.is_dir():
         return open_images(source, shape)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"in: an image needs a run of square images; this one has {shape}")

@@ -75,9 +75,9 @@ def test_shared_features_and_what_is_said(run, tmp_path, capsys):
 
 
 def test_an_image_in_and_a_picture_out(run, tmp_path):
-    Image.new("RGB", (20, 12), (200, 100, 0)).save(tmp_path / "in.png")
+    Image.new("RGB", (20, 12), (200, 100, 0)).save(tmp_path / "in.bmp")
     out = tmp_path / "out.png"
-    arguments = ["edit", run, "--in", str(tmp_path / "in.png"), "--source-label", "0"]
+    arguments = ["edit", run, "--in", str(tmp_path / "in.bmp"), "--source-label", "0"]
     options = [
         "--target-label",
         "1",
@@ -112,6 +112,7 @@ def test_an_image_in_and_a_picture_out(run, tmp_path):
         (["--source-label", "10"], "label: must be from 0 to 9"),
         (["--n", "0"], "n: must be at least 1"),
         (["--in", "moons"], "in: samples must have the run's shape"),
+        (["--in", "nothing.png"], "nothing.png: not a readable image ([Errno 2] No such file"),
         (["--share", "1"], "method 'flowedit' shares none"),
         (["--set", "n_max=9", "--steps", "3"], "n_min <= n_max <= steps"),
     ],
