@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 from diffusers.utils import logging
+from torch.compiler import is_dynamo_compiling
 
 from rfkernels.integrations.diffusers.schedulers import grid as grids
 from rfkernels.integrations.diffusers.schedulers import noising
@@ -48,8 +49,11 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Where its memory begins; 0 for subclasses and within the transforms of torch.func, which have none."""
-    return 0 if type(tensor) is not torch.Tensor or _wrapped(tensor) else tensor.data_ptr()
+    """Where its memory begins; 0 for subclasses, for traced tensors and within the transforms of torch.func, which have
+    none."""
+    if type(tensor) is not torch.Tensor or is_dynamo_compiling() or _wrapped(tensor):
+        return 0
+    return tensor.data_ptr()
 
 
 class FlowScheduler(FlowConfig):
