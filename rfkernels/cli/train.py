@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from rfkernels.cli.options import (
 from rfkernels.cli.output import resumable, say
 from rfkernels.cli.recipes import RecipeCall, find_recipe, list_recipes
 from rfkernels.cli.setting import count_classes, data_name, new_network, open_data, saved_network
-from rfkernels.training import RunResult
+from rfkernels.training import RunResult, TrainConfig, from_dict, train_flow
 from rfkernels.training.recipes import RECIPES
 from rfkernels.training.run_folder import read_config
 
@@ -149,8 +150,6 @@ def train(
 
       rfkernels train --recipe slimflow-reflow --teacher runs/digits --model mlp --model-option width=96 --run runs/small
     """
-    import rfkernels.training as training
-
     options: dict[str, Any] = given(
         steps=steps,
         batch_size=batch_size,
@@ -194,21 +193,7 @@ def train(
         raise ValueError(f"{name}: belongs to a recipe; give --recipe too, or leave this out")
     saved, target = begun(run, "train", resume=resume), choose_device(device)
     if saved is None:
-        if dataset is None:
-            raise ValueError(
-                "dataset: must be given for a new run, e.g. --dataset digits; got none"
-            )
-        data = open_data(dataset, image_size)
-        if conditional:
-            options.setdefault("label_dropout", 0.1)
-        config = training.from_dict(training.TrainConfig, {**options, "conditional": conditional})
-        network = new_network(
-            model,
-            model_option,
-            sample_shape=data.sample_shape,
-            num_classes=count_classes(data) if conditional else None,
-            seed=config.seed,
-        )
+        network, data, config = _new(dataset, image_size, model, model_option, conditional, options)
     else:
         refused = given(
             model=model, model_option=model_option or None, conditional=conditional or None
@@ -217,7 +202,7 @@ def train(
             raise ValueError(
                 f"{next(iter(refused))}: a resumed run has the network it began with; leave this out"
             )
-        config = training.from_dict(training.TrainConfig, {**saved["config"], **options})
+        config = from_dict(TrainConfig, {**saved["config"], **options})
         data = open_data(dataset or data_name(saved.get("data"), "dataset", run), image_size)
         network = saved_network(saved, saved["config"]["seed"], run)
         source = source or data_name(saved.get("source"), "source", run)
@@ -227,10 +212,34 @@ def train(
     words = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
     command = command_line("train", "--run", run, "--resume", *words, *again)
     with resumable(command):
-        result = training.train_flow(
+        result = train_flow(
             network.to(target), data, config, x0=x0, run=run, resume=resume, progress=not quiet
         )
     _tell(result, run, from_noise=source is None)
+
+
+def _new(
+    dataset: str | None,
+    image_size: int | None,
+    model: str | None,
+    model_option: Sequence[str] | None,
+    conditional: bool,
+    options: dict[str, Any],
+) -> tuple[Any, Any, TrainConfig]:
+    """(network, data, config) of a new run."""
+    if dataset is None:
+        raise ValueError("dataset: must be given for a new run, e.g. --dataset digits; got none")
+    data = open_data(dataset, image_size)
+    dropout = {"label_dropout": 0.1} if conditional else {}
+    config = from_dict(TrainConfig, {**dropout, **options, "conditional": conditional})
+    network = new_network(
+        model,
+        model_option,
+        sample_shape=data.sample_shape,
+        num_classes=count_classes(data) if conditional else None,
+        seed=config.seed,
+    )
+    return network, data, config
 
 
 def _begun_recipe(run: Path, *, resume: bool) -> str | None:
