@@ -29,7 +29,8 @@ class Kept:
             RuntimeError: it was written over; the message names the scheduler.
         """
         now = writes(self._sample)
-        if now != self._writes and None not in (now, self._writes):  # of a compiled step: not counted
+        counted = now is not None and self._writes is not None  # not in compiled calls
+        if counted and now != self._writes:
             raise RuntimeError(
                 f"{type(scheduler).__name__}.step: sample must not be written over while it is still needed; "
                 "got one that was (pass a copy of it)"
