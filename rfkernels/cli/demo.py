@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -23,6 +23,10 @@ from rfkernels.cli.output import (
     write_csv,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from rfkernels.cli.demo_run import Budget, Outcome
+    from rfkernels.cli.quality import Quality
 
 # Networks this small are slower on many threads than on few.
 _MOST_THREADS = 4
@@ -120,7 +124,7 @@ def demo(
         raise typer.Exit(1)
 
 
-def _show(outcome) -> None:
+def _show(outcome: Outcome) -> None:
     """The tables on the terminal."""
     table = Table(
         title="Quality of samples (Euler steps, the same noises for every model)",
@@ -134,20 +138,8 @@ def _show(outcome) -> None:
     for name, curve in outcome.curves.items():
         for i, (n, q) in enumerate(curve.items()):
             last = i == len(curve) - 1
-            cells = (
-                f"{q.frechet:.3f}",
-                f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}",
-                f"{q.nearest:.2f}",
-            )
-            table.add_row(name if i == 0 else "", str(n), *cells, end_section=last)
-    q = outcome.gaussian
-    table.add_row(
-        "fitted Gaussian",
-        "",
-        f"{q.frechet:.3f}",
-        f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}",
-        f"{q.nearest:.2f}",
-    )
+            table.add_row(name if i == 0 else "", str(n), *_cells(q), end_section=last)
+    table.add_row("fitted Gaussian", "", *_cells(outcome.gaussian))
     table.add_row("held-out images", "", "", "0.5 is ideal", f"{outcome.held_out_nearest:.2f}")
     console.print()
     console.print(table)
@@ -165,7 +157,13 @@ def _show(outcome) -> None:
     console.print(f"One step: Fréchet distance {one:.2f} before reflow, {two:.2f} after, {better}.")
 
 
-def _write(out: Path, outcome, plan, command: str, total: float, chosen: dict) -> None:
+def _cells(q: Quality) -> tuple[str, str, str]:
+    return f"{q.frechet:.3f}", f"{q.one_nn:.3f} ± {q.one_nn_spread:.3f}", f"{q.nearest:.2f}"
+
+
+def _write(
+    out: Path, outcome: Outcome, plan: Budget, command: str, total: float, chosen: dict[str, Any]
+) -> None:
     """Pictures, tables and the report."""
     from rfkernels.cli.plots import quality_plot
     from rfkernels.cli.quality import quality_rows
