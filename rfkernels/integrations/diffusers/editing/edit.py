@@ -143,15 +143,16 @@ def edit(
     guidance = _kind_of_guidance(family, embedded_guidance)
     method, steps, defaults = with_defaults(method, steps, guidance)
     check_features(features, method)
-    given = {"source": source_guidance_scale, "target": target_guidance_scale}
     scales = {
-        side: getattr(defaults, side) if scale is None else scale for side, scale in given.items()
+        "source": defaults.source if source_guidance_scale is None else source_guidance_scale,
+        "target": defaults.target if target_guidance_scale is None else target_guidance_scale,
     }
     guided = guidance != EMBEDDED and not all(_is_one(scale) for scale in scales.values())
     if negative_prompt is not None and not guided:
+        cure = "embedded_guidance" if guidance == EMBEDDED else "a scale other than 1"
         raise ValueError(
             "edit: negative_prompt must be left out without classifier-free guidance, which this "
-            f"network has with {_how(guidance)}"
+            f"network has with {cure}"
         )
     if layers is None and features is not None and features.blocks is None:
         layers = family.published_layers(method.name)
@@ -168,14 +169,15 @@ def edit(
         }
         latents, conditions = _of_one_batch(family.encode(pixels), conditions)
         times = family.times(steps, latents)
-        told: dict[str, tuple[str, object]] = {}
         if guidance == EMBEDDED:
-            told = {f"{side}_prompt": (f"{side}_guidance_scale", scales[side]) for side in scales}
+            for side, scale in scales.items():
+                told = _told(f"{side}_guidance_scale", scale, latents)
+                conditions[f"{side}_prompt"]["guidance"] = told
             scales = dict.fromkeys(scales, 1.0)
         elif embedded_guidance is not None:
-            told = dict.fromkeys(conditions, ("embedded_guidance", embedded_guidance))
-        for name, (argument, value) in told.items():
-            conditions[name]["guidance"] = _told(argument, value, latents)
+            told = _told("embedded_guidance", embedded_guidance, latents)
+            for condition in conditions.values():
+                condition["guidance"] = told
         if features is not None:
             stack.enter_context(exchanging(family.networks, layers))
         edited = edit_samples(
@@ -228,10 +230,6 @@ def _is_one(scale: object) -> bool:
 def _is_number(value: object) -> bool:
     """NumPy's too, but no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _how(guidance: str) -> str:
-    return "embedded_guidance" if guidance == EMBEDDED else "a scale other than 1"
 
 
 def _told(name: str, scale: object, latents: Tensor) -> Tensor:
