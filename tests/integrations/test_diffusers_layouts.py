@@ -107,6 +107,8 @@ def test_an_output_that_overwrites_a_kept_one_is_noticed(name):
     scheduler.set_timesteps(4)
     for t in scheduler.timesteps[:3]:  # the same tensor, as of a constant field, is no such case
         scheduler.step(memory, t, x)
+    with pytest.raises(RuntimeError, match="clone the network's output"):  # if nobody writes to it
+        scheduler.step(memory.mul_(2), scheduler.timesteps[3], x)
 
 
 class Reads(TorchDispatchMode):

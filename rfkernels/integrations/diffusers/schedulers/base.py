@@ -17,7 +17,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 from diffusers.utils import logging
-from torch.compiler import is_dynamo_compiling
 
 from rfkernels.integrations.diffusers.schedulers import grid as grids
 from rfkernels.integrations.diffusers.schedulers import noising
@@ -45,15 +44,6 @@ _NOT_ON = {  # options that a grid would pass over
     DPM: ("invert_sigmas", "shift_terminal", *_RESAMPLINGS),
 }
 logger = logging.get_logger(f"diffusers.{__name__}")  # so that diffusers' verbosity governs it
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Where its memory begins; 0 for subclasses, for traced tensors and within the transforms of torch.func, which have
-    none."""
-    if type(tensor) is not torch.Tensor or is_dynamo_compiling() or _wrapped(tensor):
-        return 0
-    return tensor.data_ptr()
 
 
 class FlowScheduler(FlowConfig):
@@ -263,15 +253,6 @@ class FlowScheduler(FlowConfig):
                 f"{type(self).__name__}.step: the run has {calls} calls; got another one"
             )
         return index
-
-    def _refuse_overwritten(self, output: torch.Tensor, *kept: torch.Tensor) -> None:
-        """Networks replayed from a CUDA graph return the same memory in every call."""
-        for old in kept:
-            if old is not output and _address(old) == _address(output) != 0:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step: model_output must not overwrite an earlier one, which is "
-                    "still needed; got the same memory again (clone the network's output)"
-                )
 
     def _refuse_index(self, timestep: object) -> None:
         """The integers that diffusers refuses, unless this schedule's times are integers."""

@@ -7,6 +7,7 @@ import torch
 
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
+from rfkernels.integrations.diffusers.schedulers.kept import KeptOutput
 from rfkernels.integrations.diffusers.schedulers.layout import midpoints
 
 
@@ -25,7 +26,7 @@ class RFFireFlowScheduler(FlowScheduler):
 
     def _restart(self) -> None:
         super()._restart()
-        self._previous: torch.Tensor | None = None  # the output of the last call
+        self._previous: KeptOutput | None = None  # the output of the last call
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         middle, middle_times = midpoints(levels, times, self._options["num_train_timesteps"])
@@ -67,11 +68,8 @@ class RFFireFlowScheduler(FlowScheduler):
         if previous is None or index == 0:
             state = updates.euler(sample, model_output, step)
         else:
-            self._refuse_overwritten(model_output, previous)
-            half = self._half(index)
-            state = updates.linear(
-                sample, (model_output, previous), (step + half, -half), dtype=model_output.dtype
-            )
-        self._previous = model_output
+            half, outputs = self._half(index), (model_output, previous.get(self, model_output))
+            state = updates.linear(sample, outputs, (step + half, -half), dtype=model_output.dtype)
+        self._previous = KeptOutput(model_output)
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)

@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from rfkernels.integrations.diffusers.schedulers import updates
 from rfkernels.integrations.diffusers.schedulers.base import FlowScheduler, SchedulerOutput
-from rfkernels.integrations.diffusers.schedulers.kept import Kept
+from rfkernels.integrations.diffusers.schedulers.kept import Kept, KeptOutput
 
 _MAX_CHURN = 2**0.5 - 1
 
@@ -25,9 +25,7 @@ class RFHeunScheduler(FlowScheduler):
     def _restart(self) -> None:
         super()._restart()
         # Of the first call: its sample and output, the output's share, the step, noise and its strength.
-        self._first: tuple[Kept, torch.Tensor, float, float, torch.Tensor | None, float] | None = (
-            None
-        )
+        self._first: tuple[Kept, KeptOutput, float, float, torch.Tensor | None, float] | None = None
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inner = np.repeat(levels[1:-1], 2)
@@ -95,12 +93,11 @@ class RFHeunScheduler(FlowScheduler):
             share = step / (1 + gamma)  # diffusers divides the output by the raised level
             strength = s_noise * level * (gamma * (2 + gamma)) ** 0.5 if gamma > 0 else 0.0
             state = _moved(sample, (model_output,), (share,), noise, strength)
-            self._first = (Kept(sample), model_output, share, step, noise, strength)
+            self._first = (Kept(sample), KeptOutput(model_output), share, step, noise, strength)
         else:
             kept, output, share, step, noise, strength = self._first
-            start = kept.get(self)
-            self._refuse_overwritten(model_output, output)
-            state = _moved(start, (output, model_output), (share / 2, step / 2), noise, strength)
+            outputs = (output.get(self, model_output), model_output)
+            state = _moved(kept.get(self), outputs, (share / 2, step / 2), noise, strength)
             self._first = None
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)

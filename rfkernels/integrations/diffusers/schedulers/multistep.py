@@ -16,7 +16,7 @@ from rfkernels.integrations.diffusers.schedulers.config import (
     UNIPC,
     solver,
 )
-from rfkernels.integrations.diffusers.schedulers.kept import Kept
+from rfkernels.integrations.diffusers.schedulers.kept import Kept, KeptOutput
 from rfkernels.sampling import multistep as rules
 
 AB2 = "ab2"
@@ -140,7 +140,7 @@ class RFMultistepScheduler(FlowScheduler):
     def _restart(self) -> None:
         super()._restart()
         # Of past calls, the newest first: the index, the state ("ab2" needs none) and the network's output there.
-        self._past: list[tuple[int, Kept | None, torch.Tensor]] = []
+        self._past: list[tuple[int, Kept | None, KeptOutput]] = []
         self._order = 0  # of the last step
 
     def step(
@@ -167,35 +167,33 @@ class RFMultistepScheduler(FlowScheduler):
         """
         index = self._stage(timestep)
         past = self._past
-        self._refuse_overwritten(model_output, *(output for _, _, output in past))
+        outputs = [model_output, *(output.get(self, model_output) for _, _, output in past)]
         levels = self._sigmas.values()
         config = self._options
         if config["algorithm"] == AB2:
             steps = self._sigmas.steps()
             coefficients = rules.ab2(steps[index], steps[index - 1] if past else None)
-            outputs = (model_output, *(output for _, _, output in past))
             state = updates.linear(
                 sample, outputs[: len(coefficients)], coefficients, dtype=model_output.dtype
             )
-            self._past = [(index, None, model_output)]
+            self._past = [(index, None, KeptOutput(model_output))]
         else:
-            state = self._data_step(index, levels, sample, model_output)
+            state = self._data_step(index, levels, sample, outputs)
             keep = config["solver_order"] - (config["algorithm"] == DPM)
             if keep:
-                self._past = [(index, Kept(sample), model_output), *past][:keep]
+                self._past = [(index, Kept(sample), KeptOutput(model_output)), *past][:keep]
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 
     def _data_step(
-        self, index: int, levels: list[float], sample: torch.Tensor, output: torch.Tensor
+        self, index: int, levels: list[float], sample: torch.Tensor, outputs: list[torch.Tensor]
     ) -> torch.Tensor:
         """A step of "dpm++" or "unipc": coefficients of m = x - sigma v, spelt out in x and v, and one sum."""
         config = self._options
         kind = config["solver_type"]
         order = self._step_order(index)
-        past = [(i, state.get(self), old) for i, state, old in self._past]
-        calls = [(index, sample, output), *past]
-        sigmas = [levels[index + 1], *(levels[i] for i, _, _ in calls)]
+        past = [(levels[i], state.get(self)) for i, state, _ in self._past]
+        sigmas = [levels[index + 1], levels[index], *(level for level, _ in past)]
         if config["algorithm"] == DPM:
             of_state, *weights = rules.dpm(sigmas, order, kind)
         else:
@@ -204,13 +202,13 @@ class RFMultistepScheduler(FlowScheduler):
             of_state, *weights = rules.unipc(sigmas, order, kind, predicted=predicted)
         self._order = order
         of_state += weights[0]
-        tensors, coefficients = [output], [-sigmas[1] * weights[0]]
-        for (i, state, old), weight in zip(past, weights[1:], strict=False):
+        tensors, coefficients = outputs[:1], [-sigmas[1] * weights[0]]
+        for (level, state), old, weight in zip(past, outputs[1:], weights[1:], strict=False):
             tensors += [state, old]
-            coefficients += [weight, -levels[i] * weight]
+            coefficients += [weight, -level * weight]
         dtype = sample.dtype
         if config["algorithm"] == DPM:  # whose result is of the data estimate's dtype
-            dtype = torch.promote_types(dtype, output.dtype)
+            dtype = torch.promote_types(dtype, outputs[0].dtype)
         return updates.linear(sample, tensors, coefficients, of_state, dtype=dtype)
 
     def _step_order(self, index: int) -> int:
