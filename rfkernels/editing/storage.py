@@ -56,7 +56,7 @@ def keep(tensor: Tensor, store: str) -> Stored:
         return Stored(tensor.clone(memory_format=torch.contiguous_format), None, device, dtype)
     if store == "host":
         pinned = device.type == "cuda"
-        values = torch.empty(tensor.shape, dtype=dtype, pin_memory=pinned)
+        values = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pinned)
         return Stored(values.copy_(tensor, non_blocking=pinned), None, device, dtype)
     wide = tensor.float()
     greatest = wide.abs().amax(-1, keepdim=True)
