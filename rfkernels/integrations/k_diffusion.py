@@ -30,6 +30,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels.sampling import multistep as rules
+from rfkernels.sampling.field import writes
 
 Model = Callable[..., torch.Tensor]
 Callback = Callable[[dict[str, Any]], None]
@@ -70,7 +71,8 @@ class _Run:
             raise ValueError(
                 f"{name}: sigmas must be those of a flow, from 1 at noise; got {self.levels}"
             )
-        self._model, self._extra, self._callback = model, extra_args or {}, callback
+        self._name, self._model, self._extra = name, model, extra_args or {}
+        self._callback = callback
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self._ones, self._sigmas = x.new_ones([x.shape[0]], dtype=wide), sigmas
         self._disable = disable
@@ -86,9 +88,16 @@ class _Run:
             return steps
         return tqdm(steps, disable=self._disable)
 
-    def denoised(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The model's answer."""
-        return self._model(x, self._ones * sigma, **self._extra)
+    def denoised(self, x: torch.Tensor, sigma: float, *kept: torch.Tensor) -> torch.Tensor:
+        """The model's answer; ``kept`` are earlier ones that are still needed."""
+        before = [writes(old) for old in kept]
+        answer = self._model(x, self._ones * sigma, **self._extra)
+        if [writes(old) for old in kept] != before:
+            raise ValueError(
+                f"{self._name}: model must not overwrite what it returned before; got the same memory again "
+                "(return a copy)"
+            )
+        return answer
 
     def report(self, index: int, x: torch.Tensor, denoised: torch.Tensor) -> None:
         """k-diffusion's callback, before the step."""
@@ -143,7 +152,7 @@ def sample_rf_euler(
         x at the level sigmas[-1].
 
     Raises:
-        ValueError: sigmas that do not descend, or do not suit the rule.
+        ValueError: sigmas that do not descend, or do not suit the rule; a model that overwrites answers still needed.
     """
     run = _Run("sample_rf_euler", model, x, sigmas, extra_args, callback, disable)
     for i, sigma, after in run.intervals():
@@ -170,7 +179,7 @@ def sample_rf_heun(
         run.report(i, x, denoised)
         end = _along(x, (x, denoised, sigma, step))
         if after > 0:
-            second = run.denoised(end, after)
+            second = run.denoised(end, after, denoised)
             end = _along(x, (x, denoised, sigma, step / 2), (end, second, after, step / 2))
         x = end
     return x
@@ -235,7 +244,7 @@ def sample_rf_ab2(
     run = _Run("sample_rf_ab2", model, x, sigmas, extra_args, callback, disable)
     last, previous = None, None
     for i, sigma, after in run.intervals():
-        denoised = run.denoised(x, sigma)
+        denoised = run.denoised(x, sigma, *(last or ())[1:2])
         run.report(i, x, denoised)
         now, *then = rules.ab2(after - sigma, previous)
         terms = [(x, denoised, sigma, now)] + [(*last, step) for step in then]
@@ -257,7 +266,7 @@ def sample_rf_dpmpp_2m(
     run = _Run("sample_rf_dpmpp_2m", model, x, sigmas, extra_args, callback, disable, _OF_FLOWS)
     past: list[torch.Tensor] = []
     for i, sigma, after in run.intervals():
-        past = [run.denoised(x, sigma), *past[:1]]
+        past = [run.denoised(x, sigma, *past[:1]), *past[:1]]
         run.report(i, x, past[0])
         levels = [after, sigma, *run.levels[max(i - 1, 0) : i]]
         of_state, *weights = rules.dpm(levels, len(past), "midpoint")
@@ -279,7 +288,7 @@ def sample_rf_unipc(
     past: list[torch.Tensor] = []
     order = 0
     for i, sigma, after in run.intervals():
-        past = [run.denoised(x, sigma), *past[:2]]
+        past = [run.denoised(x, sigma, *past[:2]), *past[:2]]
         run.report(i, x, past[0])
         levels = [after, *run.levels[i::-1][:3]]
         predicted = order
