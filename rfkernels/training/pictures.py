@@ -80,15 +80,15 @@ class Pictures:
         Image.fromarray(grid.numpy()).save(self._folder / f"step-{step}.png")
 
 
-def image_grid(x: torch.Tensor, columns: int | None = None) -> torch.Tensor | None:
+def image_grid(x: torch.Tensor) -> torch.Tensor | None:
     """Images in [-1, 1], (N, C, H, W) with C 1 or 3, as one uint8 picture (rows * H, columns * W[,
-    3]).
+    3]), nearly square.
 
     None for samples that are no images.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return None
-    columns = columns or math.ceil(math.sqrt(len(x)))
+    columns = math.ceil(math.sqrt(len(x)))
     rows = math.ceil(len(x) / columns)
     count, channels, height, width = x.shape
     padded = torch.full((rows * columns, channels, height, width), -1.0)

@@ -47,8 +47,8 @@ def runs(tmp_path_factory):
     return folder
 
 
-def averaged(run, step=4):
-    return load_file(run / "checkpoints" / f"step-{step}" / "ema.safetensors")
+def averaged(run):
+    return load_file(run / "checkpoints" / "step-4" / "ema.safetensors")
 
 
 def undo_last(run):

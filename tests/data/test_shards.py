@@ -14,9 +14,9 @@ from rfkernels.data import TarShards, caption_vectors, load_dataset, part_order
 image = pytest.importorskip("PIL.Image")
 
 
-def png(grey, side=4):
+def png(grey):
     stream = io.BytesIO()
-    image.new("L", (side, side), grey).save(stream, "png")
+    image.new("L", (4, 4), grey).save(stream, "png")
     return stream.getvalue()
 
 

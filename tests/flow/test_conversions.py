@@ -20,11 +20,11 @@ PATHS = [
 ]
 
 
-def truth(path, batch=64, seed=0):
+def truth(path):
     """A state and all four quantities made from the same x0 and x1, with one time per sample."""
-    generator = torch.Generator().manual_seed(seed)
-    x0, x1 = torch.randn(2, batch, 3, 5, generator=generator, dtype=torch.float64)
-    t = 0.05 + 0.9 * torch.rand(batch, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, 64, 3, 5, generator=generator, dtype=torch.float64)
+    t = 0.05 + 0.9 * torch.rand(64, generator=generator, dtype=torch.float64)
     alpha, sigma, dalpha, dsigma = (c[:, None, None] for c in path.coefficients(t))
     x = alpha * x1 + sigma * x0
     return x, t, {"velocity": dalpha * x1 + dsigma * x0, "x1": x1, "x0": x0, "score": -x0 / sigma}

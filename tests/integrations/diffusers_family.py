@@ -14,10 +14,10 @@ def text(length: int = 7, width: int = 32, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, length, width)
 
 
-def padding(length: int = 7, real: int = 4, batch: int = 2) -> torch.Tensor:
-    """1 at real tokens; the second sample has `length - real` padded ones."""
-    mask = torch.ones(batch, length, dtype=torch.int64)
-    mask[1, real:] = 0
+def padding() -> torch.Tensor:
+    """1 at the tokens of `text`; the last three of the second sample are padding."""
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
     return mask
 
 
@@ -32,8 +32,8 @@ def images(channels: int = 4, side: int = 8) -> torch.Tensor:
     return torch.randn(2, channels, side, side)
 
 
-def video(channels: int = 4, frames: int = 2, side: int = 8) -> torch.Tensor:
-    return torch.randn(2, channels, frames, side, side)
+def video() -> torch.Tensor:
+    return torch.randn(2, 4, 2, 8, 8)
 
 
 def steps() -> torch.Tensor:

@@ -33,7 +33,7 @@ def network(name: str, **options: Any) -> torch.nn.Module:
     return build(Family(family.cls, {**family.options, **options}, family.inputs, family.calls))[0]
 
 
-def tokenizer(length: int = 8) -> Any:
+def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -50,7 +50,7 @@ def tokenizer(length: int = 8) -> Any:
         pad_token="<pad>",
         unk_token="<unk>",
         eos_token="<end>",
-        model_max_length=length,
+        model_max_length=8,
     )
     # Without the long system message, so that few tokens hold a prompt.
     made.chat_template = "{{ messages[-1]['content'][0]['text'] }}"

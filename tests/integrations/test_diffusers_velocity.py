@@ -197,12 +197,12 @@ def test_noise_networks_take_ddim_steps(prediction):
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-3)
 
 
-def prompts(name, rows=3):
+def prompts(name):
     torch.manual_seed(2)
     return {
-        key: torch.randn(rows, *value.shape[1:])
+        key: torch.randn(3, *value.shape[1:])
         if value.is_floating_point()
-        else value[:1].repeat(rows, 1)
+        else value[:1].repeat(3, 1)
         for key, value in condition(name).items()
     }
 

@@ -11,10 +11,10 @@ import rfkernels.metrics._pairwise as pairwise
 from rfkernels.metrics import density_coverage, precision_recall
 
 
-def two_sets(n=120, m=90, d=4, shift=0.8):
+def two_sets():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64) + shift
-    return x, torch.randn(m, d, generator=generator, dtype=torch.float64)
+    x = torch.randn(120, 4, generator=generator, dtype=torch.float64) + 0.8
+    return x, torch.randn(90, 4, generator=generator, dtype=torch.float64)
 
 
 def radii(points, k):

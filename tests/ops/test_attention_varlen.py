@@ -14,9 +14,10 @@ import rfkernels as rf
 pytestmark = pytest.mark.usefixtures("no_small_handover")
 
 
-def packed(rows, keys, heads=4, kv_heads=2):
-    q = normal(sum(rows), heads, 24)
-    k, v = normal(sum(keys), kv_heads, 24, key=1), normal(sum(keys), kv_heads, 16, key=2)
+def packed(rows, keys):
+    """Four heads of queries, two of keys and values, and the offsets."""
+    q = normal(sum(rows), 4, 24)
+    k, v = normal(sum(keys), 2, 24, key=1), normal(sum(keys), 2, 16, key=2)
     offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (rows, keys)]
     return q, k, v, *offsets
 

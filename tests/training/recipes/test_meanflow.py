@@ -23,9 +23,9 @@ BATCH, SEED, STEP = 40, 5, 3
 TRAIN = TrainConfig(steps=100, batch_size=BATCH, seed=SEED)
 
 
-def logit_normal(purpose, mean, std=1.0):
+def logit_normal(purpose, mean):
     normal = rf.randn(BATCH, seed=rf.derive_seed(SEED, purpose), offset=STEP).double().numpy()
-    return (1 / (1 + np.exp(-(mean + std * normal)))).astype(np.float32)
+    return (1 / (1 + np.exp(-(mean + normal)))).astype(np.float32)
 
 
 def in_numpy(recipe, table, model, *, tangent=None, mean=0.4, power=None, average=True):

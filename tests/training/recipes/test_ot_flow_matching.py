@@ -19,13 +19,13 @@ BATCH = 64
 DATA = toy("ring", 500)
 
 
-def batch_of(coupling, step=2, conditional=True):
+def batch_of(coupling):
     train = TrainConfig(batch_size=BATCH, coupling=coupling, seed=4)
     source = DataSource(
-        as_dataset(DATA), x0=None, coupling=coupling, seed=4, holdout=0.0, conditional=conditional,
+        as_dataset(DATA), x0=None, coupling=coupling, seed=4, holdout=0.0, conditional=True,
         device=torch.device("cpu"),
     )  # fmt: skip
-    return FlowObjective(Setting(source, train)).batch(step)
+    return FlowObjective(Setting(source, train)).batch(2)
 
 
 def ends(batch):
