@@ -143,7 +143,8 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
-def _show(report: dict[str, Any]) -> None:
+def _facts(report: dict[str, Any]) -> Table:
+    """Versions and the machine."""
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -174,7 +175,11 @@ def _show(report: dict[str, Any]) -> None:
             f"OpenMP: {_yes(cpu['OpenMP'])}; CUDA kernels: {cpu['CUDA kernels for'] or 'none'}",
         )
     facts.add_row("GPUs", "\n".join(_gpu_line(gpu) for gpu in report["gpus"]) or "none")
-    console.print(facts)
+    return facts
+
+
+def _show(report: dict[str, Any]) -> None:
+    console.print(_facts(report))
     console.print()
     console.print(_backend_table(report["backends"]))
     reasons: dict[str, list[str]] = {}
