@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rfkernels._whole_file import write_whole
 from rfkernels.cli.options import Device, Force, Grid, Shift, Silent, check_counts, choose_device
-from rfkernels.cli.output import check_file, console, say, write_arrays
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rfkernels.cli.solver_comparison import Comparison
+from rfkernels.cli.output import check_file, say, write_arrays
 
 _SUFFIXES = (".png", ".safetensors", ".npz")
 
@@ -87,7 +82,7 @@ def sample(
     from rfkernels.cli.pictures import is_image, one_grid, require_pictures
     from rfkernels.cli.plots import point_cloud
     from rfkernels.cli.run_grid import choose_grid
-    from rfkernels.cli.solver_comparison import compared, evaluation_counts
+    from rfkernels.cli.solver_comparison import compared, evaluation_counts, show_distances
     from rfkernels.metrics.drawer import Drawer
     from rfkernels.training import load
 
@@ -120,7 +115,7 @@ def sample(
         found = compared(drawer, solver, counts, torch.arange(n), options)
         write_whole(out, found.picture)
         if not quiet:
-            _show_distances(found, counts)
+            show_distances(found, counts)
             solvers = "1 solver" if found.solvers == 1 else f"{found.solvers} solvers"
             allowed = ",".join(map(str, counts))
             say(f"{n} noises, {solvers}, {allowed} network evaluations. Wrote {out}")
@@ -138,30 +133,3 @@ def sample(
         write_arrays(out, values)
     if not quiet:
         say(f"{n} samples, network evaluations for each: {cost:g}. Wrote {out}")
-
-
-def _show_distances(found: Comparison, counts: Sequence[int]) -> None:
-    """The table of `found.distances`, the nearest in every column in bold."""
-    if not found.distances:
-        return
-    from rich.table import Table
-
-    say(f"Distance to what {found.reference} draws (rms), by evaluations of the network:")
-    table = Table()
-    table.add_column("solver")
-    for count in counts:
-        table.add_column(str(count), justify="right")
-    least = [
-        min((x for x in column if x is not None), default=None)
-        for column in zip(*found.distances.values(), strict=True)
-    ]
-    for name, row in found.distances.items():
-        shown = ("" if x is None else f"{x:.2g}" for x in row)
-        table.add_row(
-            name,
-            *(
-                f"[bold]{text}[/]" if x is not None and x == best else text
-                for text, x, best in zip(shown, row, least, strict=True)
-            ),
-        )
-    console.print(table)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rfkernels.cli.output import console, say
+
 if TYPE_CHECKING:
     from rfkernels.metrics.drawer import Drawer
 
-__all__ = ["Comparison", "compared", "evaluation_counts"]
+__all__ = ["Comparison", "compared", "evaluation_counts", "show_distances"]
 
 # curved-euler is of other paths, rf++ of reflowed models, flow-map of networks trained as one.
 _ASKED_FOR_ONLY = ("curved-euler", "rf++", "flow-map")
@@ -109,6 +111,33 @@ def compared(
     else:
         png = cloud_table(columns, rows, cells, frame_of(torch.cat(drawn)))
     return Comparison(png, len(rows), distances, reference)
+
+
+def show_distances(found: Comparison, counts: Sequence[int]) -> None:
+    """The table of `found.distances`, the nearest in every column in bold."""
+    if not found.distances:
+        return
+    from rich.table import Table
+
+    say(f"Distance to what {found.reference} draws (rms), by evaluations of the network:")
+    table = Table()
+    table.add_column("solver")
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    least = [
+        min((x for x in column if x is not None), default=None)
+        for column in zip(*found.distances.values(), strict=True)
+    ]
+    for name, row in found.distances.items():
+        shown = ("" if x is None else f"{x:.2g}" for x in row)
+        table.add_row(
+            name,
+            *(
+                f"[bold]{text}[/]" if x is not None and x == best else text
+                for text, x, best in zip(shown, row, least, strict=True)
+            ),
+        )
+    console.print(table)
 
 
 def _drawn(
