@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from rfkernels.data import Data, as_dataset
 from rfkernels.ops.interpolate import interpolate
@@ -82,9 +81,8 @@ def invert_data(
         conditional = dataset.has_labels and getattr(velocity, "null_label", None) is not None
     if conditional and not dataset.has_labels:
         raise ValueError("conditional: True needs data with labels; got data without")
-    if device is None:
-        device = device_of(velocity) if isinstance(velocity, nn.Module) else torch.device("cpu")
-    device, noise = torch.device(device), derive_seed(seed, "inversion noise")
+    device = device_of(velocity) if device is None else torch.device(device)
+    noise = derive_seed(seed, "inversion noise")
 
     def solve(index: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = dataset.rows(index)

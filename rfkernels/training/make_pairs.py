@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from rfkernels.ops.random import randn
 from rfkernels.sampling import sample
@@ -71,9 +70,8 @@ def make_pairs(
     check_class_labels(velocity, conditions.get("y"))
     if guidance_scale is not None and not conditions:
         raise ValueError("guidance_scale: needs labels or a condition; got none")
-    if device is None:
-        device = device_of(velocity) if isinstance(velocity, nn.Module) else torch.device("cpu")
-    device, guided = torch.device(device), guidance_scale is not None
+    device = device_of(velocity) if device is None else torch.device(device)
+    guided = guidance_scale is not None
 
     def solve(index: torch.Tensor) -> dict[str, torch.Tensor]:
         x0 = randn(len(index), *shape, seed=seed, offset=index.to(device))

@@ -77,9 +77,9 @@ class RunResult:
     conditional: bool = False
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network's weights are; the CPU for one without weights."""
-    first = next(model.parameters(), None)
+def device_of(model: object) -> torch.device:
+    """Where a network's weights are; the CPU for one without weights, and for what is no network."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return torch.device("cpu") if first is None else first.device
 
 
