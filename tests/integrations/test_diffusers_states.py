@@ -193,6 +193,28 @@ def test_edits_of_the_config_count(field, before, after):
     assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("other", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_edits_of_a_flow_shift_count(other):
+    theirs = getattr(diffusers, other)(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    for edit in (
+        lambda scheduler: setattr(scheduler.config, "flow_shift", 8.0),
+        lambda scheduler: scheduler.register_to_config(flow_shift=5.0),
+    ):
+        ours = rfd.RFMidpointScheduler.from_config(theirs.config)
+        for scheduler in (theirs, ours):
+            edit(scheduler)
+            scheduler.set_timesteps(5)
+        assert torch.equal(ours.sigmas[::2], theirs.sigmas)
+        assert ours.shift == theirs.config.flow_shift
+        ours.set_shift(2.0)
+        assert ours.shift == 2.0
+    # A flow_shift that an earlier scheduler left is not one.
+    straight = diffusers.FlowMatchEulerDiscreteScheduler.from_config(theirs.config, shift=4.0)
+    assert rfd.RFMultistepScheduler.from_config(straight.config, grid="unipc").shift == 4.0
+
+
 def test_compiled_steps_see_edits():
     """One graph for Euler's step, as in diffusers; a compiled step reads the levels as they are now."""
 

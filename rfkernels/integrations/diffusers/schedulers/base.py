@@ -115,7 +115,7 @@ class FlowScheduler(FlowConfig):
         levels = torch.arange(count, 0, -1, dtype=torch.float32, device="cpu") / count
         if not config["use_dynamic_shifting"]:
             levels = shift * levels / (1 + (shift - 1) * levels)
-        self._shift = shift
+        self.set_shift(shift)
         self.num_inference_steps: int | None = None
         self.sigmas = levels
         self.timesteps = levels * count
@@ -186,12 +186,13 @@ class FlowScheduler(FlowConfig):
 
     @property
     def shift(self) -> float:
-        """The static shift in force."""
-        return self._shift
+        """The static shift in force; on a multistep scheduler's grid `config.flow_shift` counts, if it was edited since."""
+        flow_shift, grid = self._options.get("flow_shift"), self._options["grid"]
+        return self._shift if grid == FLOW_MATCH or flow_shift == self._flow_shift else flow_shift
 
     def set_shift(self, shift: float) -> None:
         """Sets the static shift of the next `set_timesteps`; the ends of the default grid stay as constructed."""
-        self._shift = shift
+        self._shift, self._flow_shift = shift, self._options.get("flow_shift")
 
     @property
     def step_index(self) -> int | None:
@@ -328,7 +329,7 @@ class FlowScheduler(FlowConfig):
         self.num_inference_steps = next(iter(lengths.values()))
         levels, times = grids.build(
             dict(config),
-            self._shift,
+            self.shift,
             (self.sigma_max, self.sigma_min),
             self.num_inference_steps,
             sigmas=sigmas,

@@ -58,7 +58,10 @@ class FlowConfig(FlowMatchEulerDiscreteScheduler):
             if "shift" in kwargs and "flow_shift" in config:
                 config["flow_shift"] = kwargs["shift"]  # for the way back
             config.setdefault("_class_name", cls.__name__)  # so that it is known whose it is
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        scheduler.set_shift(scheduler.config.shift)  # edits of flow_shift count from here
+        return made
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
