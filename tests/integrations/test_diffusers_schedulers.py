@@ -12,7 +12,11 @@ pytest.importorskip(
     "diffusers", minversion="0.42", reason="needs diffusers 0.42, whose rules these are"
 )
 
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from diffusers.utils import logging
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -235,6 +239,17 @@ def test_stochastic_sampling(bit_exact, per_token):
     for found, expected in zip(*runs, strict=True):
         assert torch.equal(found, expected) or not bit_exact
         assert (found - expected).abs().max() < 2e-6
+
+
+def test_lcm_is_stochastic_sampling():
+    theirs = FlowMatchLCMScheduler(shift=3.0)
+    ours = rfd.RFEulerScheduler.from_config(theirs.config, stochastic_sampling=True, bit_exact=True)
+    runs = []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(5)
+        outputs, generator = [normal(i, 2, 6) for i in range(5)], torch.Generator().manual_seed(3)
+        runs.append(walk(scheduler, normal(9, 2, 6), outputs, generator=generator))
+    assert torch.equal(*map(torch.stack, runs))
 
 
 @pytest.mark.parametrize("of_output", DTYPES)
