@@ -17,11 +17,11 @@ from rfkernels.cli.eval import (
     Guidance,
     Runs,
     Seed,
-    quality_table,
+    print_quality,
     step_counts,
 )
 from rfkernels.cli.options import Device, Quiet, choose_device, command_line, given
-from rfkernels.cli.output import check_folder, console, say, write_csv, write_json
+from rfkernels.cli.output import check_folder, say, write_csv, write_json
 from rfkernels.cli.quality import json_values
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def compare(
     solver: Annotated[
         str | None,
         typer.Option(
-            help="euler, midpoint, heun, rk4, ab2 or taylor.", show_default="each run's own"
+            help="euler, heun, ab2, fireflow, unipc, ... (docs/samplers.md); not dopri5.",
+            show_default="each run's own",
         ),
     ] = None,
     features: Features = "pixels",
@@ -118,7 +119,7 @@ def compare(
     write_json(out / "quality.json", json_values(found))
     report = comparison_report(found, cells, colours, plot, command, _ACROSS)
     write_whole(out / "report.html", report.encode())
-    console.print(quality_table(found))
+    print_quality(found)
     for name in ("report.html", "samples.png", "quality.png", "quality.csv", "quality.json"):
         say(f"  {out / name}")
 

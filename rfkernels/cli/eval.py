@@ -18,7 +18,7 @@ from rfkernels.cli.output import (
     write_csv,
     write_json,
 )
-from rfkernels.cli.quality import json_values, shown_columns
+from rfkernels.cli.quality import Column, json_values, shown_columns
 from rfkernels.metrics.evaluate import Evaluation
 
 __all__ = ["Cache", "Dataset", "Draws", "Features", "Guidance", "Runs", "Seed", "evaluate"]
@@ -59,7 +59,7 @@ def evaluate(
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            help="euler, midpoint, heun, rk4, ab2, taylor or dopri5; give it again for another.",
+            help="euler, heun, ab2, fireflow, unipc, dopri5, ... (docs/samplers.md); give it again for another.",
             show_default="each run's own",
         ),
     ] = None,
@@ -123,7 +123,7 @@ def evaluate(
     write_csv(out / "quality.csv", found.table())
     write_json(out / "quality.json", json_values(found))
     write_whole(out / "quality.png", evaluation_plot(found))
-    console.print(quality_table(found))
+    print_quality(found)
     for name in ("quality.csv", "quality.json", "quality.png"):
         say(f"  {out / name}")
 
@@ -145,19 +145,37 @@ def step_counts(text: str) -> list[int]:
     return counts
 
 
-def quality_table(evaluation: Evaluation) -> Table:
+def print_quality(evaluation: Evaluation) -> None:
+    """The evaluation on the terminal; narrow ones get a table without the distance that memorisation divides."""
+    options = console.options.update(width=1000)
+    for columns in (
+        shown_columns(evaluation),
+        [c for c in shown_columns(evaluation) if c.key != "nearest_training_distance"],
+    ):
+        table = _quality_table(evaluation, columns)
+        least = console.measure(table, options=options).minimum
+        if least <= console.width:
+            break
+    else:
+        # rich would squeeze the names of the runs out of sight; the terminal's own line breaks lose nothing.
+        table.width = least
+    console.print(table, crop=False)
+
+
+def _quality_table(evaluation: Evaluation, columns: list[Column]) -> Table:
     """The evaluation for a terminal, with what real data scores below it."""
     settings = evaluation.settings
-    columns = shown_columns(evaluation)
     table = Table(
         title=f"Quality against the number of evaluations, by {settings['features']} "
         f"({settings['samples']} samples each)",
         title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
     )
     solvers = len({row.solver for row in evaluation.rows}) > 1
-    table.add_column("run", style="bold")
+    table.add_column("run", style="bold", min_width=8, overflow="fold")
     if solvers:
-        table.add_column("solver")
+        table.add_column("solver", no_wrap=True)
     for title in ("steps", "NFE", *(column.title for column in columns)):
         table.add_column(title, justify="right", no_wrap=title not in ("nearest train",))
     last = None

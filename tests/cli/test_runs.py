@@ -158,7 +158,7 @@ def test_bad_sampling_options(runs, tmp_path, capsys, options, said):
 
 
 def test_eval_writes_table_and_plot(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "eval"
     arguments = ["--steps", "2,1", "--draws", "1", "-q", "--out", str(out)]
     assert main(["eval", str(runs / "a"), str(runs / "b"), *arguments]) == 0
@@ -173,7 +173,9 @@ def test_eval_writes_table_and_plot(runs, tmp_path, capsys, monkeypatch):
         0 <= float(r["one_nn_accuracy"]) <= 1 and float(r["frechet_distance"]) > 0 for r in rows
     )
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
-    assert "held-out data" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert all(f"│{name}" in table for name in ("a ", "b ", "held-out"))
+    assert "0.5 is ideal" in table
 
 
 def test_a_run_is_not_trained_over(runs, capsys):
