@@ -32,6 +32,11 @@ def replacing(file: Path) -> Iterator[Path]:
         finally:
             os.close(handle)
         temporary.replace(file)
+    except OSError as error:
+        # The hidden name means nothing to whoever asked for the file.
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(file), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

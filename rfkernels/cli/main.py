@@ -104,8 +104,9 @@ def _one_line(error: Exception) -> str:
     """The error's message without its line breaks; a usage error's is made by typer."""
     message = error.format_message() if isinstance(error, _UsageError) else str(error)
     # str() of an OSError from the system begins with "[Errno 13]", which tells a user nothing.
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        message = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        at = "" if error.filename is None else f"{error.filename}: "
+        message = f"{at}{error.strerror}"
     # The library speaks of its arguments; here the same thing is an option.
     message = message.replace("resume=True", "--resume")
     return " ".join(message.split()) or type(error).__name__

@@ -36,10 +36,10 @@ console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def check_file(option: str, file: Path, suffixes: Sequence[str], *, force: bool) -> None:
-    """Refuses a file of an unknown kind, in a folder that is not there, or one that would be overwritten.
+    """Refuses a file of an unknown kind, in a folder that is not there or read-only, or one that would be overwritten.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: which of the three.
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: which of these.
     """
     if file.suffix.lower() not in suffixes:
         raise ValueError(f"{option}: must end in {', '.join(suffixes)}; got {file.name}")
@@ -47,6 +47,7 @@ def check_file(option: str, file: Path, suffixes: Sequence[str], *, force: bool)
         raise FileExistsError(f"{option}: {file} is a folder; give a file")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{option}: the folder {file.parent} does not exist")
+    _check_writable(option, file.parent)
     if file.exists() and not force:
         raise FileExistsError(
             f"{option}: {file} exists; give another name, or --force to replace it"
@@ -54,16 +55,24 @@ def check_file(option: str, file: Path, suffixes: Sequence[str], *, force: bool)
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Refuses a folder that holds anything, or a file of that name.
+    """Refuses a folder that holds anything, or a file of that name, or a place that is read-only.
 
     Raises:
         FileExistsError: there is something that could be overwritten.
+        PermissionError: nothing can be written there.
     """
     if folder.is_dir():
         if any(folder.iterdir()):
             raise FileExistsError(f"{option}: {folder} is not empty; give another folder")
     elif folder.exists():
         raise FileExistsError(f"{option}: {folder} is a file, not a folder")
+    _check_writable(option, next((p for p in (folder, *folder.parents) if p.exists()), Path()))
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    # Before the work, not after it.
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option}: cannot write to the folder {folder}")
 
 
 def fresh_folder(name: str) -> Path:

@@ -1,7 +1,11 @@
 """Bad input: one line on standard error that says what is wrong, exit code 2, and nothing written or overwritten."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+from rfkernels._whole_file import write_whole
 from rfkernels.cli.main import main
 
 
@@ -77,6 +81,25 @@ def test_one_line_and_exit_code_2(arguments, said, capsys, tmp_path):
     assert said in lines[0]
     assert captured.out == ""
     assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["sample", "nothing", "--out", "full/x.png"], ["eval", "nothing", "--out", "full/new/x"]],
+)
+def test_a_read_only_folder_is_refused_before_the_work(arguments, monkeypatch, capsys):
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda p, *a: real(p, *a) and Path(p).name != "full")
+    assert main(arguments) == 2
+    assert "out: cannot write to the folder full" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_a_folder_that_takes_no_files_is_told_without_numbers_and_hidden_names(capsys):
+    assert main(["train", "--dataset", "digits", "--run", "/proc/new"]) == 2
+    assert capsys.readouterr().err.startswith("rfkernels train: run: cannot write to /proc/new (")
+    with pytest.raises(OSError, match=r"'/proc/new\.png'"):
+        write_whole(Path("/proc/new.png"), b"")
 
 
 def test_traceback_shows_where_an_error_came_from():
