@@ -21,8 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 __all__ = ["FEW_STEPS", "ab2", "ab3", "dpm", "unipc", "unipc_correction", "unipc_predictor"]
 
 FEW_STEPS = 15  # below this, lower_order_final of DPM-Solver++ lowers the order of the last steps
@@ -166,9 +164,23 @@ def _unipc_weights(
         b.append(phi * factorial / base)
         factorial *= k + 1
         phi = phi / -h - 1 / factorial
-    rho = np.linalg.solve(np.vander(r, count, increasing=True).T, b)
-    weights = [float(w / x) for w, x in zip(rho, r, strict=True)]
+    weights = [rho / x for rho, x in zip(_moments(r, b), r, strict=True)]
     return _with_unused(weights, unused, corrector), scale
+
+
+def _moments(nodes: Sequence[float], values: Sequence[float]) -> list[float]:
+    """The rho of sum_i rho_i nodes_i^k = values_k (Bjorck and Pereyra 1970), in plain floats, which
+    torch.compile takes as constants."""
+    rho, count = list(values), len(nodes)
+    for k in range(count - 1):
+        for i in range(count - 1, k, -1):
+            rho[i] -= nodes[k] * rho[i - 1]
+    for k in range(count - 2, -1, -1):
+        for i in range(k + 1, count):
+            rho[i] /= nodes[i] - nodes[i - k - 1]
+        for i in range(k, count - 1):
+            rho[i] -= rho[i + 1]
+    return rho
 
 
 def _with_unused(weights: list[float], unused: list[float], corrector: bool) -> list[float]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rfkernels as rf
-from rfkernels.sampling import CFGZero, invert, sample
+from rfkernels.sampling import CFGZero, UniPC, invert, sample
 
 
 def velocity(x, t, shift=0.0):
@@ -24,13 +24,14 @@ def fresh():
         (sample, "euler", None),
         (invert, "heun", 2.0),
         (sample, "unipc", CFGZero(2.0, zero_steps=1)),
+        (sample, UniPC(3), None),
         (sample, "fireflow", None),
         (sample, "sde", None),
         (sample, "rf++", None),
     ],
 )
 def test_one_graph(direction, solver, guidance):
-    options = {"steps": 2, "solver": solver, "guidance_scale": guidance}
+    options = {"steps": 4, "solver": solver, "guidance_scale": guidance}
     if guidance is not None:
         options |= {"condition": {"shift": 1.0}, "uncondition": {}}
     if solver == "sde":
