@@ -17,7 +17,7 @@ from torch import Tensor
 from rfkernels._dispatch import transforms_active
 from rfkernels.ops._checks import FLOATS
 from rfkernels.sampling.field import Field
-from rfkernels.sampling.grids import check_times, get_grid
+from rfkernels.sampling.grids import check_times, constant, get_grid
 from rfkernels.sampling.guidance import ClassifierFree, Guidance
 from rfkernels.sampling.nested import leaves
 from rfkernels.sampling.run import Solver
@@ -197,6 +197,8 @@ def _integer(caller: str, name: str, value: object, rule: str) -> int:
 
 
 def _number(caller: str, name: str, value: object) -> float:
+    if type(value) is float:
+        return constant(value)
     if not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # arrays of several
             return float(value)
@@ -236,8 +238,8 @@ def _guidance(caller: str, scale: float | Tensor | Guidance | None, x: Tensor) -
 
     if isinstance(scale, Guidance):
         return scale.per_sample(placed)
-    if isinstance(scale, type) or not (
-        isinstance(scale, Tensor) or (hasattr(scale, "__float__") and not isinstance(scale, bool))
+    if isinstance(scale, (bool, type)) or not (
+        isinstance(scale, (float, Tensor)) or hasattr(scale, "__float__")
     ):
         raise TypeError(
             f"{caller}: guidance_scale must be a number, a tensor or an object of "

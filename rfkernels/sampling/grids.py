@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from rfkernels.flow.times import time_shift
 
@@ -152,15 +154,37 @@ def get_grid(grid: object) -> Grid:
         raise ValueError(f"get_grid: grid must be one of {', '.join(named)}; got {grid!r}")
     if isinstance(grid, Grid) and not isinstance(grid, type):
         return grid
-    if hasattr(grid, "tolist"):  # tensors and arrays
-        grid = grid.tolist()
-    if isinstance(grid, (int, float)) and not isinstance(grid, bool):
+    grid = _plain(grid)
+    if _is_number(grid):
         return ShiftedGrid(float(grid))
     if isinstance(grid, Iterable):
-        values = tuple(t.tolist() if hasattr(t, "tolist") else t for t in grid)  # NumPy's, 0-d
-        if all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in values):
+        values = tuple(map(_plain, grid))
+        if all(map(_is_number, values)):
             return CustomGrid(values)
     raise TypeError(
         "get_grid: grid must be a name, a number (the time shift), a 1-D sequence of times or an "
         f"object with a times method; got {type(grid).__name__}"
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and NumPy's numbers as Python's."""
+    if _is_number(value):
+        return constant(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def constant(value: float) -> float:
+    """The number itself where torch.compile put a symbol in its place.
+
+    Kernel calls take constants, and what was computed from symbols may miss those by a rounding.
+    """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        return guard_scalar(value)
+    return value

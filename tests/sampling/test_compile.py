@@ -45,6 +45,21 @@ def test_one_graph(direction, solver, guidance):
     assert torch.equal(compiled(x), run(x))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_may_change_from_call_to_call(dynamic):
+    """torch.compile makes symbols of floats that do, or of all of them."""
+
+    def run(x, scale, shift, start):
+        given = {"guidance_scale": scale, "condition": {"shift": 1.0}, "uncondition": {}}
+        x = sample(velocity, x, steps=3, grid=shift, t_start=start, **given)
+        return sample(velocity, x, grid=[start, 0.9], **given)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=dynamic)
+    for count, numbers in ((3, (2.0, 3.0, 0.1)), (4, (4.0, 1.5, 0.0)), (5, (0.5, 2.0, 0.2))):
+        x = rf.randn(count, 2, seed=0)
+        torch.testing.assert_close(compiled(x, *numbers), run(x, *numbers))
+
+
 def test_gradients_through_a_graph():
     x = rf.randn(3, 2, seed=0).requires_grad_()
 
