@@ -34,7 +34,7 @@ class _Past(NamedTuple):
 
 
 def _check_order(owner: str, order: object) -> None:
-    if order not in (1, 2, 3) or isinstance(order, bool):
+    if order not in (1, 2, 3) or isinstance(order, (bool, float)):
         raise ValueError(f"{owner}: order must be 1, 2 or 3; got {order!r}")
 
 

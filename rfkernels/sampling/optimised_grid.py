@@ -144,8 +144,8 @@ def optimise_grid(
         x0: (B, ...) noise; a few dozen samples that are typical, with typical conditions.
         order: of the solver that the grid is for, 1 to 3: 1 for euler, 2 for midpoint, heun, ab2.
         evaluations: of the velocity, at least 8.
-        least: a floor of the density as a fraction of its mean, in [0, 1], against steps that become
-            so long that what was measured on a fine grid no longer holds; 1 is the uniform grid.
+        least: a floor of the density, in [0, 1], as a fraction of its mean before the floor, against
+            steps that become so long that what was measured on a fine grid no longer holds.
 
     Returns:
         :class:`OptimisedGrid`, to be given to ``sample`` and ``invert`` with any number of steps.
@@ -155,7 +155,9 @@ def optimise_grid(
     """
     check_callable("optimise_grid", "velocity", velocity, "velocity(x, t, **condition)")
     check_samples("optimise_grid", "x0", x0)
-    if order not in (1, 2, 3) or isinstance(order, bool):
+    if not x0.numel():
+        raise ValueError(f"optimise_grid: x0 must have samples; got shape {tuple(x0.shape)}")
+    if order not in (1, 2, 3) or isinstance(order, (bool, float)):
         raise ValueError(f"optimise_grid: order must be 1, 2 or 3; got {order!r}")
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 8:
         raise ValueError(

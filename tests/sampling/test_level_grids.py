@@ -23,6 +23,7 @@ from rfkernels.sampling import (
     ShiftedGrid,
     StretchedGrid,
     UniformGrid,
+    UniPC,
     get_grid,
     invert,
     optimise_grid,
@@ -308,6 +309,9 @@ def test_straight_and_partial_runs(noise):
         (lambda: OptimisedGrid((0, 0), (1,)), "knots must ascend"),
         (lambda: OptimisedGrid.from_dict({"knots": []}), "must have the keys knots and density"),
         (lambda: optimise_grid(RING, torch.zeros(2, 2), order=4), "order must be 1, 2 or 3; got 4"),
+        (lambda: optimise_grid(RING, torch.zeros(2, 2), order=2.0), "1, 2 or 3; got 2.0"),
+        (lambda: UniPC(2.0), "UniPC: order must be 1, 2 or 3; got 2.0"),
+        (lambda: optimise_grid(RING, torch.zeros(0, 2)), r"x0 must have samples; got shape \(0, 2"),
         (lambda: optimise_grid(RING, torch.zeros(2, 2), evaluations=3), "at least 8; got 3"),
         (lambda: optimise_grid(RING, torch.zeros(2, 2), least=2.0), r"least must be in \[0, 1\]"),
         (
