@@ -86,11 +86,11 @@ def edit(
 
     [bold]Examples[/]
 
-      rfkernels edit runs/digits --in digits --n 32 --target-label 8 --out eights.png
+      rfkernels edit rfkernels-demo/1-rf --in digits --n 32 --target-label 8 --out eights.png
 
       rfkernels edit runs/faces --in me.png --source-label 0 --target-label 1 --method uniedit --out edit.png
 
-      rfkernels edit runs/digits --in x.safetensors --target-label 3 --set n_max=20 --target-guidance 2 --out threes.npz
+      rfkernels edit runs/labels --in x.safetensors --target-label 3 --set n_max=20 --target-guidance 2 --out threes.npz
     """
     import torch
 
