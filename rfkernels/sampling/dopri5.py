@@ -24,7 +24,7 @@ from torch import Tensor
 from rfkernels.ops.ode_step import linear_step
 from rfkernels.sampling.field import Evaluation, Field, State
 from rfkernels.sampling.row_sums import row_sums
-from rfkernels.sampling.run import Run, Solution, TolerancesNotReachedError
+from rfkernels.sampling.run import Run, Solution, TolerancesNotReachedError, joined
 
 # Dormand and Prince 1980, J. Comput. Appl. Math. 6: nodes, stage weights, the fifth-order result
 # (also stage 7, "first same as last"), and the difference to the embedded fourth-order result.
@@ -225,7 +225,7 @@ class _Batch:
     def reported(self) -> Tensor:
         """(len(times), samples, ...): every sample at every reporting time."""
         order = torch.cat(self._positions).argsort()
-        values = torch.cat(self._values)
+        values = joined(torch.cat, self._values)
         ordered = values.index_select(0, order.to(values.device))
         return ordered.reshape(self.times.shape[0], self.samples, *values.shape[1:])
 

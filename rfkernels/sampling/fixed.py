@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rfkernels.sampling.field import Evaluation, Field, State
-from rfkernels.sampling.run import Run, Solution
+from rfkernels.sampling.run import Run, Solution, joined
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FixedStepSolver:
             if run.callback is not None:
                 run.report(index, field.time(end, state), state.model_input)
             run.progress((index + 1) / count)
-        trajectory = torch.stack(kept) if run.keep_trajectory else None
+        trajectory = joined(torch.stack, kept) if run.keep_trajectory else None
         return Solution(state.model_input if moving else x0.clone(), field.calls, trajectory)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -55,6 +56,16 @@ class Run:
 
 class TolerancesNotReachedError(RuntimeError):
     """An adaptive solver gives up: about this flow and its tolerances, not a fault of the solver."""
+
+
+def joined(join: Callable[[list[Tensor]], Tensor], parts: list[Tensor]) -> Tensor:
+    """``join``, torch.stack or torch.cat, of the parts. Autocast refuses parts of the half precision
+    that is not its own."""
+    device, dtype = parts[0].device.type, parts[0].dtype
+    if dtype not in (torch.float16, torch.bfloat16) or device == "meta":
+        return join(parts)
+    with torch.autocast(device, enabled=False):
+        return join(parts)
 
 
 class Solution(NamedTuple):

@@ -78,6 +78,16 @@ def test_autocast_is_for_the_network_alone(solver):
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_trajectories_of_another_half_precision_than_autocasts(solver, x0):
+    x0 = x0.to(torch.float16)
+    options = {"steps": 2, "solver": solver, "return_info": True}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sample(lambda x, t: -x, x0, **options)
+    expected = sample(lambda x, t: -x, x0, **options)
+    assert torch.equal(found.trajectory, expected.trajectory)
+
+
 INTERVAL = Interval(2.3, 0.2, 0.7)
 OTHERS = [2.3, Rescaled(2.3), CFGZero(2.3), Projected(2.3, 0.2, 1.0)]
 
