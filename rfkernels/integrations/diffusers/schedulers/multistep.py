@@ -18,6 +18,7 @@ from rfkernels.integrations.diffusers.schedulers.config import (
 )
 from rfkernels.integrations.diffusers.schedulers.kept import Kept, KeptOutput
 from rfkernels.sampling import multistep as rules
+from rfkernels.sampling.grids import constant
 
 AB2 = "ab2"
 ALGORITHMS = (AB2, DPM, UNIPC)
@@ -192,8 +193,8 @@ class RFMultistepScheduler(FlowScheduler):
         config = self._options
         kind = config["solver_type"]
         order = self._step_order(index)
-        past = [(levels[i], state.get(self)) for i, state, _ in self._past]
-        sigmas = [levels[index + 1], levels[index], *(level for level, _ in past)]
+        past = [(constant(levels[i]), state.get(self)) for i, state, _ in self._past]
+        sigmas = [constant(levels[i]) for i in (index + 1, index)] + [level for level, _ in past]
         if config["algorithm"] == DPM:
             of_state, *weights = rules.dpm(sigmas, order, kind)
         else:
