@@ -79,7 +79,16 @@ class ToyStream:
 
 
 def toy(name: str, size: int | None = None, seed: int = 0) -> Dataset | ToyStream:
-    """A toy distribution: `size` samples in memory, or an endless stream for None."""
+    """A toy distribution: `size` samples (size, 2) in memory, or an endless stream for None.
+
+    Args:
+        name: "moons", "ring", "checkerboard" or "spirals".
+        size: at least 1, or None.
+        seed: in [0, 2^63); other seeds give other points of the same distribution.
+
+    Raises:
+        ValueError: another name, size or seed.
+    """
     stream = ToyStream(name, seed)
     if size is None:
         return stream

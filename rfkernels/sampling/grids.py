@@ -144,6 +144,9 @@ def get_grid(grid: object) -> Grid:
     default, ``"karras"``, ``"exponential"`` and ``"beta"`` are those of
     ``rfkernels.sampling.level_grids``; a number is the shift;
     a sequence, an array or a 1-D tensor is :class:`CustomGrid`; an object with a ``times`` method is taken as it is.
+
+    Raises:
+        TypeError, ValueError: anything else, another name, or numbers that the grid refuses.
     """
     if grid is None:
         return UniformGrid()
