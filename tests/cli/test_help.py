@@ -10,7 +10,19 @@ import pytest
 import rfkernels
 from rfkernels.cli.main import main
 
-COMMANDS = ("demo", "train", "reflow", "distill", "sample", "invert", "edit", "eval", "compare", "bench", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "reflow",
+    "distill",
+    "sample",
+    "invert",
+    "edit",
+    "eval",
+    "compare",
+    "bench",
+    "doctor",
+)
 
 
 def test_no_arguments_lists_the_commands(capsys):

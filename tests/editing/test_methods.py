@@ -171,6 +171,18 @@ def test_mask_is_of_each_sample_and_of_absolute_values():
     assert torch.equal(packed[..., 0], mask.flatten(1))
 
 
+def test_mask_of_patches_is_that_of_packed_tokens():
+    difference = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    squares = difference.view(2, 3, 2, 2, 3, 2)  # batch, channel, row, in it, column, in it
+    tokens = squares.permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 12)
+    expected = region_mask(tokens, channel_dim=2).view(2, 1, 2, 3)
+    mask = region_mask(difference, patch=2)
+    assert mask.shape == (2, 1, 4, 6)
+    for row in range(2):
+        for column in range(2):
+            torch.testing.assert_close(mask[..., row::2, column::2], expected)
+
+
 # ---- inversion and sampling
 
 
@@ -306,6 +318,7 @@ def test_no_gradients_and_the_room_is_reached_by_name(x1):
         ({"method": FlowEdit(n_max=5)}, ValueError, "n_min <= n_max <= steps"),
         ({"method": FlowEdit(n_max=1, n_min=2)}, ValueError, "n_min <= n_max <= steps"),
         ({"method": UniEdit(channel_dim=2)}, ValueError, "channel_dim must be a dimension"),
+        ({"method": UniEdit(patch=2)}, ValueError, "patch must divide the two last sides"),
     ],
 )
 def test_wrong_arguments(x1, change, error, words):
@@ -324,6 +337,7 @@ def test_wrong_arguments(x1, change, error, words):
         (lambda: RFInversion(decay=-1.0), "decay: must not be negative"),
         (lambda: UniEdit(alpha=0.0), "alpha: must be in"),
         (lambda: UniEdit(omega=-1.0), "omega: must not be negative"),
+        (lambda: UniEdit(patch=0), "patch: must be at least 1"),
         (lambda: RFEdit("dopri5"), "solver: must be deterministic"),
         (lambda: RFEdit("sde"), "solver: must be deterministic"),
         (lambda: RFEdit("sdedit"), "solver must be one of"),

@@ -26,7 +26,7 @@ from diffusers_edits import (
     picture,
 )
 
-from rfkernels.editing import Features, FlowEdit, RFInversion
+from rfkernels.editing import Features, FlowEdit, RFInversion, UniEdit
 from rfkernels.editing import edit as edit_samples
 from rfkernels.integrations.diffusers import allow_exchange, velocity_from_pretrained
 
@@ -104,6 +104,16 @@ def test_published_defaults(name, method, nfe):
     assert result.bank_bytes == result.bank_missed == 0
     first = found(result)[0]
     assert (first[0] if name == "wan" else first).size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize(("name", "patch"), [("flux", 2), ("sd3", 1)])
+def test_tokens_of_uni_edit(name, patch):
+    make = lambda method: found(  # noqa: E731
+        edit(kept(name), picture(), "a cat", "a dog", method=method, steps=4, output_type="latent")
+    )
+    by_name = make("uniedit")
+    assert torch.equal(by_name, make(UniEdit(patch=patch)))
+    assert not torch.equal(by_name, make(UniEdit(patch=3 - patch)))
 
 
 def test_a_method_object_keeps_its_options():

@@ -141,7 +141,7 @@ def edit(
     if layers is not None and features is None:
         raise ValueError(f"edit: layers must be left out without features; got {layers!r}")
     guidance = _kind_of_guidance(family, embedded_guidance)
-    method, steps, defaults = with_defaults(method, steps, guidance)
+    method, steps, defaults = with_defaults(method, steps, guidance, family.patch)
     check_features(features, method)
     scales = {
         "source": defaults.source if source_guidance_scale is None else source_guidance_scale,

@@ -19,6 +19,7 @@ class Flux(Family):
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     without_embedding = UNGUIDED
+    patch = 2
 
     def encode_prompt(self, prompt: list[str], **options: Any) -> tuple[Tensor, ...]:
         return self.pipe.encode_prompt(prompt, None, **options)[:2]

@@ -32,6 +32,8 @@ class Family:
     video: ClassVar[bool] = False
     # What guidance does for a network that is not told a scale.
     without_embedding: ClassVar[str] = CFG
+    # Side of the squares of latents that are UniEdit's tokens, as its authors' ports have it.
+    patch: ClassVar[int] = 1
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe

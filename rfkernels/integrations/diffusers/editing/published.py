@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rfkernels.editing import FlowEdit, Method, get_method
+from rfkernels.editing import FlowEdit, Method, UniEdit, get_method
 from rfkernels.sampling.arguments import check_steps
 
 __all__ = ["CFG", "EMBEDDED", "UNGUIDED", "Published", "published", "with_defaults"]
@@ -52,9 +52,10 @@ def published(method: str, guidance: str) -> Published:
 
 
 def with_defaults(
-    method: str | Method, steps: int | None, guidance: str
+    method: str | Method, steps: int | None, guidance: str, patch: int
 ) -> tuple[Method, int, Published]:
-    """(method, steps, defaults). FlowEdit by name takes the published share of the steps.
+    """(method, steps, defaults). FlowEdit by name takes the published share of the steps, UniEdit tokens
+    of that patch.
 
     Raises:
         TypeError, ValueError: steps, or as ``rfkernels.editing.get_method``.
@@ -64,4 +65,6 @@ def with_defaults(
     steps = check_steps("edit", defaults.steps if steps is None else steps)
     if method == FlowEdit.name and guidance == CFG:
         found = FlowEdit(n_max=round(steps * _TAKEN_WITH_CFG))
+    if method == UniEdit.name:
+        found = UniEdit(patch=patch)
     return found, steps, defaults
