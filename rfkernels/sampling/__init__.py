@@ -10,14 +10,8 @@ from rfkernels.sampling.exponential import DPMSolver, UniPC
 from rfkernels.sampling.fixed import RK4, Euler, FixedStepSolver, Heun, Midpoint
 from rfkernels.sampling.flow_map import FlowMap
 from rfkernels.sampling.grids import CustomGrid, Grid, ShiftedGrid, UniformGrid, get_grid
-from rfkernels.sampling.guidance import (
-    CFGZero,
-    ClassifierFree,
-    Guidance,
-    Interval,
-    Projected,
-    Rescaled,
-)
+from rfkernels.sampling.guidance import ClassifierFree, Guidance, Interval
+from rfkernels.sampling.guidance_kinds import CFGZero, Projected, Rescaled
 from rfkernels.sampling.initial_noise import InitialNoise
 from rfkernels.sampling.lagged import FireFlow, UniInv
 from rfkernels.sampling.level_grids import (

@@ -242,8 +242,8 @@ def _guidance(caller: str, scale: float | Tensor | Guidance | None, x: Tensor) -
         isinstance(scale, (float, Tensor)) or hasattr(scale, "__float__")
     ):
         raise TypeError(
-            f"{caller}: guidance_scale must be a number, a tensor or an object of "
-            f"rfkernels.sampling.guidance; got {type(scale).__name__}"
+            f"{caller}: guidance_scale must be a number, a tensor or a kind of guidance "
+            f"of rfkernels.sampling; got {type(scale).__name__}"
         )
     if isinstance(scale, Tensor):
         return ClassifierFree(placed(scale))

@@ -412,5 +412,5 @@ def test_refused_runs(x0):
             sample(velocity, x0, guidance_scale=guidance, **GIVEN, **options)
     with pytest.raises(ValueError, match="uncondition must be given"):
         sample(velocity, x0, steps=2, guidance_scale=Rescaled(2.0), condition=GIVEN["condition"])
-    with pytest.raises(TypeError, match=r"or an object of rfkernels\.sampling\.guidance; got type"):
+    with pytest.raises(TypeError, match=r"or a kind of guidance of rfkernels\.sampling; got type"):
         sample(velocity, x0, steps=2, guidance_scale=Rescaled, **GIVEN)
