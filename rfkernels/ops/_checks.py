@@ -78,6 +78,11 @@ def scalar(op: str, name: str, value: object, x: torch.Tensor) -> Scalar:
     return float(value)  # NumPy's scalars and other numbers
 
 
+def scalars(op: str, name: str, values: Sequence[object], x: torch.Tensor) -> tuple[Scalar, ...]:
+    """``scalar`` of each."""
+    return tuple(scalar(op, f"{name}[{i}]", value, x) for i, value in enumerate(values))
+
+
 def counter(op: str, name: str, value: object, x: torch.Tensor | None) -> Counter:
     """An int in [0, 2^63), or an int64 tensor, 0-d or (B,), on x's device (None: not checked here)."""
     if isinstance(value, torch.Tensor):
