@@ -70,6 +70,8 @@ def _linear_kernel(
     x, tensors, c0, c0_tensor, numbers, number_tensors, scale, scale_tensor, seed, seed_tensor, offset, offset_tensor, noisy
 ):  # fmt: skip
     out = torch.empty_like(x)
+    # The dispatcher resolves the negative bit of a Tensor and of a Tensor[], not of a Tensor?[].
+    number_tensors = [None if t is None else t.resolve_neg() for t in number_tensors]
     coefficients = tuple(map(join, numbers, number_tensors))
     noise = (
         (join(scale, scale_tensor), join(seed, seed_tensor), join(offset, offset_tensor))

@@ -326,6 +326,8 @@ def test_negated_views_of_complex_tensors():
     same_bits(rf.euler_step(x, view, 0.5), rf.euler_step(x, plain, 0.5))
     same_bits(rf.euler_step(view, x, 0.5), rf.euler_step(plain, x, 0.5))
     same_bits(rf.euler_step(x, x, dt), rf.euler_step(x, x, dt.clone()))
+    same_bits(rf.linear_step(x, (x,), (dt,)), rf.linear_step(x, (x,), (dt.resolve_neg(),)))
+    same_bits(rf.taylor_step(x, (x, x), dt), rf.taylor_step(x, (x, x), dt.resolve_neg()))
     same_bits(rf.linear_step(x, (view,), (0.5,)), rf.linear_step(x, (plain,), (0.5,)))
     same_bits(rf.interpolate(view, 0.3, seed=1).xt, rf.interpolate(plain, 0.3, seed=1).xt)
     same_bits(rf.flow_loss(x, view), rf.flow_loss(x, plain))
