@@ -106,6 +106,12 @@ def _inputs(field: Field, x0: Tensor, run: Run) -> tuple[list[Tensor], _Rebuilt]
     def place(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.device != x0.device:
+            # A number read from host memory would be captured as it is now, and replayed for every other.
+            raise ValueError(
+                f"condition: compile='cudagraph' needs tensors on the device of x0, {x0.device}; "
+                f"got one on {value.device}"
+            )
         inputs.append(value)
         return _Place(len(inputs) - 1)
 

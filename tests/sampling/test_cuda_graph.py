@@ -149,6 +149,16 @@ def test_tensors_inside_containers_are_copied_in_too(captured):
     forget_graphs(velocity)
 
 
+def test_tensors_elsewhere_than_the_samples_are_refused(captured):
+    """A kernel takes a 0-d tensor of the CPU as a number, which every replay would repeat."""
+    options = {"steps": 2, "compile": "cudagraph"}
+    elsewhere = {"gain": torch.tensor(2.0, device="meta")}
+    for given in ({"condition": elsewhere}, {"uncondition": elsewhere, "guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match="the device of x0, cpu; got one on meta"):
+            sample(lambda x, t, gain=1.0: gain * x, torch.ones(2, 3), **given, **options)
+    assert not captured
+
+
 def test_a_graph_made_in_inference_mode_serves_outside_of_it(captured):
     def velocity(x, t):
         return -x
