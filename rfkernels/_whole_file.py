@@ -35,7 +35,8 @@ def replacing(file: Path) -> Iterator[Path]:
     except OSError as error:
         # The hidden name means nothing to whoever asked for the file.
         if error.filename == str(temporary):
-            error.filename, error.filename2 = str(file), None
+            error.filename = str(file)
+            del error.filename2  # None would be told as a second name
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -98,7 +98,7 @@ def test_a_read_only_folder_is_refused_before_the_work(arguments, monkeypatch, c
 def test_a_folder_that_takes_no_files_is_told_without_numbers_and_hidden_names(capsys):
     assert main(["train", "--dataset", "digits", "--run", "/proc/new"]) == 2
     assert capsys.readouterr().err.startswith("rfkernels train: run: cannot write to /proc/new (")
-    with pytest.raises(OSError, match=r"'/proc/new\.png'"):
+    with pytest.raises(OSError, match=r"'/proc/new\.png'$"):
         write_whole(Path("/proc/new.png"), b"")
 
 
