@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -136,6 +137,10 @@ def test_given_sigmas_with_the_grid_of_unipc():
     assert torch.equal(ours.sigmas, theirs.sigmas)
     with pytest.raises(ValueError, match="timesteps need grid='flow-match'"):
         ours.set_timesteps(timesteps=[999])
+    for grid in ("unipc", "dpm++"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # not ours, whatever is let pass of diffusers'
+            made("Euler", grid=grid).set_timesteps(sigmas=torch.tensor([1.0, 0.7, 0.2]))
 
 
 def exact_data(sigma, power):

@@ -140,7 +140,7 @@ def _unipc(
         if sigmas is None:
             levels = np.linspace(1, 1 / count, steps + 1)[:-1]
         else:
-            levels = np.array(sigmas)
+            levels = np.asarray(sigmas)  # np.array of a tensor warns with NumPy 2
         levels = _shifted(config, shift, mu, levels)
         if np.fabs(levels[0] - 1) < _BEFORE_NOISE:
             levels[0] -= _BEFORE_NOISE
@@ -162,7 +162,7 @@ def _dpm(
         levels = 1.0 - np.linspace(1, 1 / count, steps + 1)
         levels = np.flip(static_shift(levels, shift))[:-1].copy()
     else:
-        levels = static_shift(np.array(sigmas), shift)
+        levels = static_shift(np.asarray(sigmas), shift)
     return np.concatenate([levels, [0]]).astype(np.float32), levels * count
 
 
