@@ -226,6 +226,6 @@ def _ratio(top: Tensor, bottom: Tensor, otherwise: float) -> Tensor:
 
 
 def _root(square: Tensor) -> Tensor:
-    """Square roots, whose gradients are 0 instead of NaN at 0."""
-    there = square > 0
+    """Square roots, whose gradients are 0 instead of NaN at 0; NaN stays."""
+    there = square != 0
     return torch.where(there, torch.where(there, square, 1.0).sqrt(), 0.0)

@@ -371,6 +371,13 @@ def test_gradients_where_a_norm_is_zero(guidance, c, u, x0):
         torch.testing.assert_close(x.grad, torch.full_like(x, (1 - c / 2) ** 2))
 
 
+def test_sums_that_overflow_are_not_passed_over():
+    x = torch.full((1, 2), 1e20) * torch.tensor([1.0, -1.0])
+    given = {"condition": {"gain": 1.0}, "uncondition": {"gain": 0.5}}
+    found = sample(lambda x, t, gain: gain * x, x, steps=1, guidance_scale=Rescaled(3.0), **given)
+    assert found.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
