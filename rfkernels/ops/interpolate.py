@@ -14,7 +14,7 @@ from rfkernels import _dispatch, _registry
 from rfkernels.backends.native import KERNEL_PATHS as _KERNEL_PATHS
 from rfkernels.backends.native import fast_interpolate as _native_fast_interpolate
 from rfkernels.backends.reference import interpolate as reference
-from rfkernels.backends.reference.precision import compute_dtype
+from rfkernels.backends.reference.precision import compute_dtype, placed
 from rfkernels.ops import _checks
 from rfkernels.ops._scalars import Counter, Scalar, join, split, split_counter, wants_grad
 from rfkernels.ops._step_ops import linear_op
@@ -165,7 +165,7 @@ def _resolve(path, t, x1) -> str | tuple[torch.Tensor, ...]:
     if known is not None:
         return _resolve(known, t, x1)
     compute = compute_dtype(x1)
-    coefficients = path.coefficients(torch.as_tensor(t, dtype=compute, device=x1.device))
+    coefficients = path.coefficients(placed(t, compute, x1.device))
     if len(coefficients) != 4:
         raise ValueError(
             f"interpolate: path.coefficients must return 4 values; got {len(coefficients)}"
@@ -221,7 +221,7 @@ class _Interpolate(torch.autograd.Function):
             return (None,) * (6 + ctx.rest)
         first, *others = ((grad_xt, grad_target)[i] for i in arrived)
         if ctx.path != "custom":
-            t = torch.as_tensor(join(ctx.t, t_tensor), dtype=ctx.compute, device=first.device)
+            t = placed(join(ctx.t, t_tensor), ctx.compute, first.device)
             custom = reference.path_coefficients(ctx.path, t)
         alpha, sigma, dalpha, dsigma = custom
         grads = []
@@ -230,7 +230,7 @@ class _Interpolate(torch.autograd.Function):
             if need:
                 factor, *factors = (pair[i] for i in arrived)
                 args = (
-                    first,
+                    first.to(torch.promote_types(first.dtype, dtype)),
                     others,
                     0.0,
                     factor,

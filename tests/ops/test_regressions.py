@@ -6,8 +6,10 @@ import threading
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import rfkernels as rf
+from rfkernels.backends.reference import interpolate, ode_step
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -114,6 +116,34 @@ def test_float16_subnormals_where_float_subnormals_are_flushed(level):
         native.cap_isa("amx")
         torch.set_flush_denormal(False)
     assert torch.equal(scaled, (torch.arange(1, 28) * 2.0**-10).half())
+
+
+class Copies(TorchFunctionMode):
+    """Counts tensors that are made of numbers in the host's memory."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.tensor, torch.as_tensor)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ode_step.euler(x, x, x, 0.1, 2.0),
+        lambda x: ode_step.taylor(x, (x, x, x), 0.1),
+        lambda x: ode_step.linear(x, (x,), 1.0, (0.1,), (0.5, 3, 2**40)),
+        lambda x: interpolate.point_and_target(x, x, 0.5, "vp"),
+        lambda x: torch.func.jvp(lambda a: rf.linear_step(a, (a,), (0.5,)), (x,), (x,)),
+    ],
+    ids=["guided", "taylor", "noise", "interpolate", "jvp"],
+)
+def test_numbers_are_filled_in_on_the_device(call):
+    """They were copied to it: the host waited for every one, and no CUDA graph could be captured."""
+    with Copies() as copies:
+        call(torch.ones(3, 4))
+    assert copies.count == 0
 
 
 def test_interpolate_refuses_one_tensor_for_both_outputs():

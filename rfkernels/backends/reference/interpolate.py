@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rfkernels.backends.reference.precision import compute_dtype, scalar_like, to_compute
+from rfkernels.backends.reference.precision import compute_dtype, placed, scalar_like, to_compute
 from rfkernels.backends.reference.random import normal
 
 VP_SLOPE, VP_FLOOR = 19.9, 0.1  # a = beta_max - beta_min and b = beta_min of the VP schedule
@@ -44,7 +44,7 @@ def point_and_target(x1, x0, t, path) -> tuple[torch.Tensor, torch.Tensor]:
     compute = compute_dtype(x1)
     x1, x0 = to_compute(x1, compute), to_compute(x0, compute)
     if isinstance(path, str):
-        t = torch.as_tensor(t, dtype=compute, device=x1.device)
+        t = placed(t, compute, x1.device)
         path = path_coefficients(path, t)
     alpha, sigma, dalpha, dsigma = (scalar_like(c, x1) for c in path)
     return sigma * x0 + alpha * x1, dsigma * x0 + dalpha * x1

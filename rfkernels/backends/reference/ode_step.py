@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rfkernels.backends.reference.precision import compute_dtype, scalar_like, to_compute
+from rfkernels.backends.reference.precision import compute_dtype, placed, scalar_like, to_compute
 from rfkernels.backends.reference.random import normal
 
 
@@ -20,8 +20,8 @@ def euler(x, v, v_uncond, dt, guidance_scale) -> torch.Tensor:
 
 def taylor_coefficients(x, dt) -> tuple[torch.Tensor, ...]:
     """dt, (dt * dt) * 0.5 and ((dt * dt) * dt) * (1/6), each product rounded to the compute type of x."""
-    dt = torch.as_tensor(dt, dtype=compute_dtype(x), device=x.device)
-    sixth = torch.tensor(1.0 / 6.0, dtype=dt.dtype, device=x.device)
+    dt = placed(dt, compute_dtype(x), x.device)
+    sixth = placed(1.0 / 6.0, dt.dtype, x.device)
     return dt, (dt * dt) * 0.5, ((dt * dt) * dt) * sixth
 
 

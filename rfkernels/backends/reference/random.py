@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from rfkernels.backends.reference.precision import placed
+
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
@@ -89,9 +91,7 @@ def _counters(
     elements = math.prod(shape[1:]) if per_sample else math.prod(shape)
 
     def column(value: int | torch.Tensor) -> torch.Tensor:
-        return (
-            torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1).expand(rows, 1)
-        )
+        return placed(value, torch.int64, device).reshape(-1, 1).expand(rows, 1)
 
     index = torch.arange((elements + 3) // 4, dtype=torch.int64, device=device).expand(rows, -1)
     seed, offset = column(seed), column(offset)
