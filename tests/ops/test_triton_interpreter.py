@@ -220,6 +220,15 @@ def test_interpolate(path, dtype):
                         same(actual, expected)
 
 
+def test_a_default_device_does_not_matter():
+    """The coefficients at a number are found on the CPU; CUDA as the default made them wait, and fail in a capture."""
+    x1 = draw(2, 8)
+    with torch.device("meta"):
+        pairs = both(lambda: rf.interpolate(x1, 0.25, seed=1, path="vp"), "interpolate")
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=1.3e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("t", [0.0, 1.0, -0.25, 2.75])
 def test_trigonometric_ends_and_beyond(t):
     x1, x0, time = (

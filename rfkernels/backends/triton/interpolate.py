@@ -162,7 +162,8 @@ def interpolate(x1, x0, t, path, seed, offset, xt, target, x0_out) -> None:
         return
     compute = compute_dtype(x1)
     if isinstance(path, str) and path != "linear" and not isinstance(t, torch.Tensor):
-        path = tuple(c.item() for c in path_coefficients(path, torch.tensor(t, dtype=compute)))
+        time = torch.tensor(t, dtype=compute, device="cpu")
+        path = tuple(c.item() for c in path_coefficients(path, time))
     scalars, form = ((t,), PATHS[path]) if isinstance(path, str) else (path, CUSTOM)
     drawn, key = NONE, None
     if x0 is None:

@@ -284,7 +284,7 @@ def _on_device(values: list[int], device: torch.device, dtype: torch.dtype) -> t
         return torch.tensor(values, dtype=dtype, device=device)
     key = (device, dtype, torch.cuda.current_stream(device).cuda_stream, tuple(values))
     if key not in _tables:
-        host = torch.tensor(values, dtype=dtype, pin_memory=True)
+        host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
         _tables[key] = host.to(device, non_blocking=True), host
         if len(_tables) > KEPT:
             _tables.popitem(last=False)
