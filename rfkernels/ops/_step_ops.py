@@ -14,9 +14,10 @@ from rfkernels.ops._scalars import Scalar, join, split
 
 
 def _scaled(grad: torch.Tensor, factor: Scalar, dtype: torch.dtype) -> torch.Tensor:
-    """factor * grad in the given dtype."""
+    """factor * grad in the given dtype, not rounded to a narrower one of grad on its way."""
     number, tensor = split(factor)
-    scaled = linear_op(grad, [], number, tensor, [], [], 0.0, None, 0, None, 0, None, False)
+    wide = grad.to(torch.promote_types(grad.dtype, dtype))
+    scaled = linear_op(wide, [], number, tensor, [], [], 0.0, None, 0, None, 0, None, False)
     return scaled if scaled.dtype == dtype else scaled.to(dtype)
 
 

@@ -243,7 +243,7 @@ def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
                 grads.append(grad.to(dtype))
             else:
                 # A wider gradient is not rounded to the narrow type on its way.
-                wide = grad.to(dtype) if dtype.itemsize > grad.dtype.itemsize else grad
+                wide = grad.to(torch.promote_types(grad.dtype, dtype))
                 grads.append(linear_step(wide, (), (), x_coefficient=factor * sign).to(dtype))
         weighted = wanted[4]
         grads.append((losses * grad_value * ctx.scale).to(ctx.weight_dtype) if weighted else None)

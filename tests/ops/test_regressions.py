@@ -32,6 +32,24 @@ def test_float16_gradient_survives_until_the_loss_scale(kind, weighted):
     torch.testing.assert_close(y.grad, -q.grad, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_tensors_beside_a_float16_state_are_not_rounded_to_float16(dtype):
+    """A gradient of 2^-28 is nothing in float16, and the tensor that it is for holds it."""
+    x, v = torch.zeros(2, 3).half(), torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+    small = torch.full((2, 3), 2.0**-14).half()
+    for state in (
+        rf.euler_step(x, v, 2.0**-14),
+        rf.taylor_step(x, (v,), 2.0**-14),
+        rf.interpolate(x, 1 - 2.0**-14, x0=v).xt,
+    ):
+        (grad,) = torch.autograd.grad(state, v, small)
+        assert torch.equal(grad, torch.full_like(v, 2.0**-28))
+    prediction = torch.ones(2, 2**15).half()
+    target = torch.zeros(prediction.shape, dtype=dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(rf.flow_loss(prediction, target) * 2.0**-13, target)
+    assert torch.equal(grad, torch.full_like(target, -(2.0**-28)))
+
+
 def test_guided_gradient_multiplies_step_and_scale_in_the_compute_type():
     """dt * g of two bfloat16 scalars was rounded to bfloat16 in the backward only."""
     x, u = torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)
