@@ -31,18 +31,18 @@ def inputs(**sizes):
 @every_cell
 def test_attention_on_quantized_keys_is_attention_on_the_keys(cell):
     q, k, v = inputs()
-    before = k.clone(), v.clone()
+    queries, keys, values = (t.to(cell.device, copy=True) for t in (q, k, v))
 
     def both():
-        kv = rf.quantize(k, v, precision=cell.scheme)
-        return rf.attention(q, kv, enable_gqa=True, return_lse=True), kv
+        kv = rf.quantize(keys, values, precision=cell.scheme)
+        return rf.attention(queries, kv, enable_gqa=True, return_lse=True), kv
 
     (out, lse), kv = cell.run(both)
     expected = cell.attention(q, k, v, enable_gqa=True, return_lse=True)
     same_bits(out, expected[0])
     same_bits(lse, expected[1])
-    same_bits(k, before[0])
-    same_bits(v, before[1])
+    same_bits(keys, k)
+    same_bits(values, v)
     assert (kv.scheme, kv.backend, kv.shape, kv.value_dim) == (
         cell.scheme,
         cell.backend,
@@ -69,8 +69,10 @@ def test_a_key_mask_is_kept_and_joined_with_the_mask(cell, by_head):
     k[~full[:, ::2, 0]] = 1e6  # must not be seen
     extra = torch.rand(9, 150, generator=torch.Generator().manual_seed(2)) < 0.9
     added = torch.where(extra, normal(9, 150), -torch.inf)
+    there = [t.to(cell.device) for t in (q, k, v, open_, extra, added)]
 
     def call():
+        q, k, v, open_, extra, added = there
         kv = rf.quantize(k, v, key_mask=open_, precision=cell.scheme)
         options = {"enable_gqa": True}
         return [
@@ -80,7 +82,7 @@ def test_a_key_mask_is_kept_and_joined_with_the_mask(cell, by_head):
             rf.attention(q.transpose(1, 2), kv, layout="bshd", **options).transpose(1, 2),
         ]
 
-    plain, with_bool, with_float, other_layout = cell.run(call)
+    plain, with_bool, with_float, other_layout = (t.cpu() for t in cell.run(call))
     expected = cell.attention(q, k, v, attn_mask=full, enable_gqa=True)
     same_bits(plain, expected)
     same_bits(other_layout, expected)
