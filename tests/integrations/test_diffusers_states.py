@@ -21,10 +21,10 @@ from schedulers_cases import RULES, made
 from rfkernels.integrations import diffusers as rfd
 
 
-def walk(scheduler, dtype=torch.float32):
+def walk(scheduler, dtype=torch.float32, begin=0):
     """The states of a run from 0 with outputs 1: the partial sums of the steps."""
     x, output, states = torch.zeros(1, 2, dtype=dtype), torch.ones(1, 2, dtype=dtype), []
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[begin:]:
         x = scheduler.step(output, t, x).prev_sample
         states.append(x[0, 0].item())
     return states
@@ -92,9 +92,11 @@ def test_levels_of_any_dtype(dtype):
 @given(
     st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9),
     st.sampled_from([None, "first", "last", "assigned"]),
+    st.integers(0, 17),
 )
-def test_a_constant_field_leads_to_the_levels_there_are(name, levels, edit):
-    """With output 1 every state is sigma - sigma_0 by any rule; levels in any order, some twice, and edited."""
+def test_a_constant_field_leads_to_the_levels_there_are(name, levels, edit, begin):
+    """With output 1 every state is sigma - sigma_0 by any rule; levels in any order, some twice, and edited; from any
+    entry."""
     scheduler = made(name)
     if name in ("dpm++", "unipc"):  # whose weights are huge on the way up to 1
         levels.sort(reverse=True)
@@ -105,9 +107,10 @@ def test_a_constant_field_leads_to_the_levels_there_are(name, levels, edit):
         scheduler.sigmas[0] *= 0.9
     elif edit == "assigned":
         scheduler.sigmas = scheduler.sigmas / 2 + 0.1
-    scheduler.set_begin_index(0)
-    states = walk(scheduler, torch.float64)
-    levels = scheduler.sigmas.double()
+    begin %= len(scheduler.timesteps)
+    scheduler.set_begin_index(begin)
+    states = walk(scheduler, torch.float64, begin)
+    levels = scheduler.sigmas.double()[begin:]
     assert states == pytest.approx((levels[1:] - levels[0]).tolist(), abs=2e-6)
 
 

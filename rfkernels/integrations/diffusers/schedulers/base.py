@@ -238,7 +238,8 @@ class FlowScheduler(FlowConfig):
         index = self.index_for_timestep(timestep)
         if self._options["integer_timesteps"]:
             times = self._times.values()
-            same = (i for i in range(0, len(times), self.order) if times[i] == times[index])
+            starts = range(0, len(times), type(self).order)
+            same = (i for i in starts if times[i] == times[index])
             index = next(same, index)
         return index
 
@@ -339,6 +340,10 @@ class FlowScheduler(FlowConfig):
         levels, times = self._laid_out(levels, times)
         self._sigmas = Levels(torch.from_numpy(levels).to(device=device), levels)
         self._times = TimeTable(torch.from_numpy(times).to(device=device), times)
+        # Pipelines multiply steps by it to find their entry (image to image), and where they gave levels or times they take
+        # the entries for the steps.
+        given = sigmas is not None or timesteps is not None
+        self.order = 1 if given else type(self).order
         self._restart()
 
     def _laid_out(self, levels: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,9 @@ _MAX_CHURN = 2**0.5 - 1
 class RFHeunScheduler(FlowScheduler):
     """Second order, two calls a step: x_end = x + h v(x), then x + (h/2) (v(x) + v(x_end)); the last step is Euler's.
 
-    `timesteps` is [t0, t1, t1, t2, t2, ...], 2 N - 1 entries for N steps; a run may begin at any even entry, which is
-    where the time of a level that stands twice is found. diffusers' own scheduler takes no sigmas, mu or timesteps.
+    `timesteps` is [t0, t1, t1, t2, t2, ...], 2 N - 1 entries for N steps; a run may begin at any entry, and at the first of
+    two for one level the first call changes nothing. `order` is as in `RFMidpointScheduler`. diffusers' own scheduler takes
+    no sigmas, mu or timesteps.
     """
 
     order = 2
@@ -64,17 +65,13 @@ class RFHeunScheduler(FlowScheduler):
             return_dict: return an object with ``prev_sample``, else a tuple.
 
         Raises:
-            ValueError: an integer timestep, no `set_timesteps` yet, or a run that begins at a second call.
+            ValueError: an integer timestep, or no `set_timesteps` yet.
             IndexError: a timestep that is not in the schedule, or a step after the last.
             RuntimeError: the first output or sample was written over.
         """
         index = self._stage(timestep)
         levels = self._sigmas.values()
         first = index % 2 == 0
-        if not first and self._first is None:
-            raise ValueError(
-                f"RFHeunScheduler.step: a run must begin at an even entry of timesteps; got entry {index}"
-            )
         level, after = (
             (levels[index], levels[index + 1]) if first else (levels[index - 1], levels[index])
         )
@@ -94,6 +91,8 @@ class RFHeunScheduler(FlowScheduler):
             strength = s_noise * level * (gamma * (2 + gamma)) ** 0.5 if gamma > 0 else 0.0
             state = _moved(sample, (model_output,), (share,), noise, strength)
             self._first = (Kept(sample), KeptOutput(model_output), share, step, noise, strength)
+        elif self._first is None:  # the run begins here; the level comes again, so the step is 0
+            state = updates.euler(sample, model_output, self._sigmas.steps()[index])
         else:
             kept, output, share, step, noise, strength = self._first
             outputs = (output.get(self, model_output), model_output)

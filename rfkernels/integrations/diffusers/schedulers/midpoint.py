@@ -16,7 +16,9 @@ class RFMidpointScheduler(FlowScheduler):
 
     RF-Solver (Wang et al., "Taming rectified flow for inversion and editing", 2024) with its derivative taken over half a
     step, as in the released code, is this rule. `timesteps` is [t0, m0, t1, m1, ...], two entries a step, and `sigmas` has
-    the levels of these calls and 0; a run may begin at any t_i (`order` is 2, and pipelines multiply by it).
+    the levels of these calls and 0. `order` is 2, by which pipelines multiply steps to find entries, and 1 where `sigmas` or
+    `timesteps` were given, since pipelines then count entries. A run may begin at any entry; at m_i by an Euler step to the
+    end of that step.
     """
 
     order = 2
@@ -46,21 +48,17 @@ class RFMidpointScheduler(FlowScheduler):
             return_dict: return an object with ``prev_sample``, else a tuple.
 
         Raises:
-            ValueError: an integer timestep, no `set_timesteps` yet, or a run that begins at a midpoint.
+            ValueError: an integer timestep, or no `set_timesteps` yet.
             IndexError: a timestep that is not in the schedule, or a step after the last.
             RuntimeError: the first half's sample was written over.
         """
         index = self._stage(timestep)
         levels = self._sigmas.values()
-        if index % 2 == 0:
+        first = index % 2 == 0
+        if first or self._start is None:
             state = updates.euler(sample, model_output, self._sigmas.steps()[index])
-            self._start = Kept(sample)
+            self._start = Kept(sample) if first else None
         else:
-            if self._start is None:
-                raise ValueError(
-                    "RFMidpointScheduler.step: a run must begin at an even entry of timesteps; "
-                    f"got entry {index}"
-                )
             start = self._start.get(self)
             state = updates.euler(start, model_output, levels[index + 1] - levels[index - 1])
             self._start = None
