@@ -197,8 +197,8 @@ def _integer(caller: str, name: str, value: object, rule: str) -> int:
 
 
 def _number(caller: str, name: str, value: object) -> float:
-    if type(value) is float:
-        return constant(value)
+    if type(value) in (int, float):
+        return float(constant(value))
     if not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # arrays of several
             return float(value)
@@ -239,7 +239,7 @@ def _guidance(caller: str, scale: float | Tensor | Guidance | None, x: Tensor) -
     if isinstance(scale, Guidance):
         return scale.per_sample(placed)
     if isinstance(scale, (bool, type)) or not (
-        isinstance(scale, (float, Tensor)) or hasattr(scale, "__float__")
+        isinstance(scale, (int, float, Tensor)) or hasattr(scale, "__float__")
     ):
         raise TypeError(
             f"{caller}: guidance_scale must be a number, a tensor or a kind of guidance "

@@ -64,7 +64,7 @@ class ShiftedGrid:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.shift) and self.shift > 0):
+        if not (math.isfinite(constant(self.shift)) and self.shift > 0):
             raise ValueError(f"ShiftedGrid: shift must be positive and finite; got {self.shift}")
 
     def times(self, steps: int | None, t_start: float, t_end: float) -> list[float]:

@@ -23,6 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rfkernels.sampling.grids import constant
+
 __all__ = [
     "SLACK",
     "ClassifierFree",
@@ -91,9 +93,13 @@ def check_number(owner: str, name: str, value: object) -> None:
     """Refuse what is neither a finite number nor, for the scale, a tensor."""
     if isinstance(value, Tensor) and name == "scale":
         return
-    single = hasattr(value, "__float__") and not getattr(value, "ndim", 0)  # no array of several
-    if isinstance(value, (bool, str, Tensor)) or not single:
-        raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
+    if type(value) in (int, float):
+        value = constant(value)
+    else:
+        # No array of several.
+        single = hasattr(value, "__float__") and not getattr(value, "ndim", 0)
+        if isinstance(value, (bool, str, Tensor)) or not single:
+            raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{owner}: {name} must be finite; got {value}")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rfkernels.sampling.grids import ShiftedGrid, get_grid
+from rfkernels.sampling.grids import ShiftedGrid, constant, get_grid
 
 __all__ = [
     "BetaGrid",
@@ -89,7 +89,7 @@ def _down_to(
     """Times of the levels ``level(fraction, from, to)``."""
     if steps is None:
         raise ValueError(f"{owner}: steps must be given; got None")
-    first, last = 1 - t_start, 1 - t_end
+    first, last, smallest = 1 - t_start, 1 - t_end, constant(smallest)
     if last > 0:
         inner = [1 - level(i / steps, first, last) for i in range(1, steps)]
         return [t_start, *inner, t_end]
@@ -121,16 +121,17 @@ class KarrasGrid:
     smallest: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho > 0):
+        if not (math.isfinite(constant(self.rho)) and self.rho > 0):
             raise ValueError(f"KarrasGrid: rho must be positive and finite; got {self.rho}")
         _check_smallest("KarrasGrid", self.smallest)
 
     def times(self, steps: int | None, t_start: float, t_end: float) -> list[float]:
         """The ``steps + 1`` times."""
+        rho = constant(self.rho)
 
         def level(fraction: float, first: float, last: float) -> float:
-            a, b = first ** (1 / self.rho), last ** (1 / self.rho)
-            return ((1 - fraction) * a + fraction * b) ** self.rho
+            a, b = first ** (1 / rho), last ** (1 / rho)
+            return ((1 - fraction) * a + fraction * b) ** rho
 
         return _down_to("KarrasGrid", steps, t_start, t_end, self.smallest, level)
 

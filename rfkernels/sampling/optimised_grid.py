@@ -22,6 +22,7 @@ from torch import Tensor
 from rfkernels._whole_file import write_json_whole
 from rfkernels.sampling.adams import AB2
 from rfkernels.sampling.arguments import check_callable, check_samples
+from rfkernels.sampling.grids import constant
 from rfkernels.sampling.guidance import Guidance
 from rfkernels.sampling.sample import sample
 
@@ -58,20 +59,20 @@ class OptimisedGrid:
         """The ``steps + 1`` times."""
         if steps is None:
             raise ValueError("OptimisedGrid: steps must be given; got None")
-        if not self.knots[0] <= t_start < t_end <= self.knots[-1]:
+        knots, density = (tuple(map(constant, values)) for values in (self.knots, self.density))
+        if not knots[0] <= t_start < t_end <= knots[-1]:
             raise ValueError(
-                f"OptimisedGrid: t_start and t_end must be within the grid's [{self.knots[0]:g}, "
-                f"{self.knots[-1]:g}]; got {t_start} and {t_end}"
+                f"OptimisedGrid: t_start and t_end must be within the grid's [{knots[0]:g}, "
+                f"{knots[-1]:g}]; got {t_start} and {t_end}"
             )
-        widths = [b - a for a, b in pairwise(self.knots)]
-        filled = [0.0, *accumulate(w * d for w, d in zip(widths, self.density, strict=True))]
+        widths = [b - a for a, b in pairwise(knots)]
+        filled = [0.0, *accumulate(w * d for w, d in zip(widths, density, strict=True))]
         low, high = (
-            _interpolate(t_start, self.knots, filled),
-            _interpolate(t_end, self.knots, filled),
+            _interpolate(t_start, knots, filled),
+            _interpolate(t_end, knots, filled),
         )
         inner = [
-            _interpolate(low + (high - low) * i / steps, filled, self.knots)
-            for i in range(1, steps)
+            _interpolate(low + (high - low) * i / steps, filled, knots) for i in range(1, steps)
         ]
         return [t_start, *inner, t_end]
 

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 import rfkernels as rf
-from rfkernels.sampling import CFGZero, UniPC, invert, sample
+from rfkernels.sampling import (
+    CFGZero,
+    Interval,
+    KarrasGrid,
+    OptimisedGrid,
+    Rescaled,
+    ShiftedGrid,
+    UniPC,
+    invert,
+    sample,
+)
 
 
 def velocity(x, t, shift=0.0):
@@ -55,9 +65,36 @@ def test_numbers_may_change_from_call_to_call(dynamic):
         return sample(velocity, x, grid=[start, 0.9], **given)
 
     compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=dynamic)
-    for count, numbers in ((3, (2.0, 3.0, 0.1)), (4, (4.0, 1.5, 0.0)), (5, (0.5, 2.0, 0.2))):
+    rows = ((2.0, 3.0, 0.1), (4.0, 1.5, 0.0), (0.5, 2.0, 0.2), (2, 3, 0), (3, 2, 0))
+    for count, numbers in enumerate(rows, 3):
         x = rf.randn(count, 2, seed=0)
         torch.testing.assert_close(compiled(x, *numbers), run(x, *numbers))
+
+
+OF_NUMBERS = [
+    (lambda k: KarrasGrid(k), None),
+    (lambda k: ShiftedGrid(k), None),
+    (lambda k: OptimisedGrid((0.0, 0.1 * k, 1.0), (1.0, 1.0 + k)), None),
+    (None, lambda k: Rescaled(k, phi=k / 9)),
+    (None, lambda k: Interval(k, k / 9, 0.9)),
+]
+
+
+@pytest.mark.parametrize(("grid", "guidance"), OF_NUMBERS)
+def test_numbers_of_objects_may_change_too(grid, guidance):
+    """Whether the objects are made outside of the function or in it."""
+
+    def run(x, k, grid_outside, guidance_outside):
+        given = {"steps": 3, "condition": {"shift": 1.0}, "uncondition": {}}
+        x = sample(velocity, x, grid=grid_outside, guidance_scale=guidance_outside, **given)
+        grid_inside, guidance_inside = grid and grid(k), guidance and guidance(k)
+        return sample(velocity, x, grid=grid_inside, guidance_scale=guidance_inside, **given)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    for k in (2.0, 3.0):
+        x = rf.randn(3, 2, seed=0)
+        outside = grid and grid(k), guidance and guidance(k)
+        torch.testing.assert_close(compiled(x, k, *outside), run(x, k, *outside))
 
 
 def test_gradients_through_a_graph():
