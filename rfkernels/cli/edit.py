@@ -125,7 +125,7 @@ def edit(
     data = _open(source, drawer.sample_shape)
     index = first_rows(data, source, n)
     if source_label is None:
-        check_labels(data, "source-label", drawer.num_classes)
+        check_labels(data, index, "source-label", drawer.num_classes)
     key = derive_seed(seed, "edit") // 2
     found: dict[str, list[torch.Tensor]] = {"x": [], "labels": [], "source": []}
     nfe = size = 0

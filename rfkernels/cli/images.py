@@ -31,8 +31,8 @@ def open_images(source: str, shape: tuple[int, ...]) -> Data:
     return data
 
 
-def check_labels(data: Data, option: str, classes: int) -> None:
-    """For images that go by their own labels, since ``option`` gave none.
+def check_labels(data: Data, index: torch.Tensor, option: str, classes: int) -> None:
+    """For the images ``index``, which go by their own labels, since ``option`` gave none.
 
     Raises:
         ValueError: there are none, or others than the run's.
@@ -40,10 +40,14 @@ def check_labels(data: Data, option: str, classes: int) -> None:
     if not data.has_labels:
         raise ValueError(f"{option}: must be given for images without labels; got None")
     found = getattr(data, "num_classes", None)
-    if found is not None and found > classes:
+    if found is None or found <= classes:
+        return
+    # The set has others; these images may not.
+    greatest = max(int(data.rows(rows).labels.max()) for rows in index.split(256))
+    if greatest >= classes:
         raise ValueError(
             f"{option}: must be given for images with labels beyond the run's, 0 to {classes - 1}; "
-            f"got the label {found - 1}"
+            f"got the label {greatest}"
         )
 
 

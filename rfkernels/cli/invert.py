@@ -87,7 +87,7 @@ def invert(
     data = open_images(source, drawer.sample_shape)
     index = first_rows(data, source, n)
     if drawer.num_classes is not None and label is None:
-        check_labels(data, "label", drawer.num_classes)
+        check_labels(data, index, "label", drawer.num_classes)
     if steps is None and not get_solver(solver).adaptive:
         steps = 32
     times = choose_grid(loaded, grid, shift, solver=solver, guidance=guidance, quiet=quiet)

@@ -143,3 +143,5 @@ def test_images_without_labels_of_the_run_need_one(run, tmp_path, capsys, labels
     assert f"source-label: must be given for images {words}" in capsys.readouterr().err
     assert main(["invert", *arguments]) == 2
     assert f"label: must be given for images {words}" in capsys.readouterr().err
+    if labels:  # the first has one of the run's
+        assert main(["invert", *arguments, "-n", "1", "--steps", "1", "-q"]) == 0
