@@ -71,7 +71,12 @@ def scalar(op: str, name: str, value: object, x: torch.Tensor) -> Scalar:
         value, bool
     ):
         return value
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+    # An array has __float__ and __index__ whatever it holds.
+    if (
+        isinstance(value, (bool, str, bytes))
+        or not hasattr(value, "__float__")
+        or getattr(value, "shape", ())
+    ):
         raise TypeError(
             f"{op}: {name} must be a float, a 0-d or a (B,) tensor; got {type(value).__name__}"
         )
@@ -102,7 +107,11 @@ def counter(op: str, name: str, value: object, x: torch.Tensor | None) -> Counte
                 raise ValueError(f"{op}: {name} must be on {x.device}; got {value.device}")
         return value
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        if (
+            isinstance(value, bool)
+            or not hasattr(value, "__index__")
+            or getattr(value, "shape", ())
+        ):
             raise TypeError(
                 f"{op}: {name} must be an int or an int64 tensor; got {type(value).__name__}"
             )
@@ -195,7 +204,8 @@ def shape(op: str, sizes: Sequence[object]) -> torch.Size:
         sizes = sizes[0]
     for size in sizes:
         if isinstance(size, bool) or not (
-            isinstance(size, (int, torch.SymInt)) or hasattr(size, "__index__")
+            isinstance(size, (int, torch.SymInt))
+            or (hasattr(size, "__index__") and not getattr(size, "shape", ()))
         ):
             raise TypeError(f"{op}: shape must be ints; got {size!r}")
         if size < 0:

@@ -252,7 +252,7 @@ def _run(name, arguments, tensors, scalars, out, cast, composite, registered):
     if copy is not None:
         _checks.tensor(name, "cast", copy)
         _checks.output(name, "cast", copy, x, copy.dtype)
-    elif cast is not None and cast not in _checks.FLOATS:
+    elif cast is not None and not (isinstance(cast, torch.dtype) and cast in _checks.FLOATS):
         raise TypeError(
             f"{name}: cast must be a floating point dtype or a tensor; got {_checks.describe(cast)}"
         )

@@ -53,6 +53,7 @@ STEPS = [
     (euler(X, V, True), TypeError, "euler_step: dt must be a float, a 0-d or a (B,) tensor; got bool"),
     (euler(X, V, 1j), TypeError, "euler_step: dt must be a float, a 0-d or a (B,) tensor; got complex"),
     (euler(X, V, [0.1] * 3), TypeError, "euler_step: dt must be a float, a 0-d or a (B,) tensor; got list"),
+    (euler(X, V, torch.ones(3).numpy()), TypeError, "euler_step: dt must be a float, a 0-d or a (B,) tensor; got ndarray"),
     (
         euler(X, V, torch.arange(3)), TypeError,
         "euler_step: dt must be a float or a floating point tensor; got a torch.int64 tensor of shape (3,) on cpu",
@@ -184,6 +185,8 @@ OTHERS = [
     (lambda: rf.randn(3, -1, seed=0), ValueError, "randn: shape must not be negative; got (3, -1)"),
     (lambda: rf.rand(3, seed=-5), ValueError, "rand: seed must lie in [0, 2^63); got -5"),
     (lambda: rf.rand(3, seed="1"), TypeError, "rand: seed must be an int or an int64 tensor; got str"),
+    (lambda: rf.rand(3, seed=torch.arange(3).numpy()), TypeError, "rand: seed must be an int or an int64 tensor; got ndarray"),
+    (lambda: rf.randn(torch.tensor([3, 2]), seed=0), TypeError, "randn: shape must be ints; got tensor([3, 2])"),
     (lambda: rf.rand(3, seed=0, dtype=torch.int32), TypeError, "rand: dtype must be float32, float64, bfloat16 or float16; got torch.int32"),
     (
         lambda: rf.randn(3, 2, seed=torch.arange(2)), ValueError,
