@@ -154,6 +154,23 @@ def test_the_transforms_of_torch_func_pass(name):
     torch.testing.assert_close(torch.func.vmap(end)(x), end(x))
 
 
+@pytest.mark.parametrize("begin", [None, 2])
+@pytest.mark.parametrize("name", RULES)
+def test_loops_that_reset_the_index_begin_anew(name, begin):
+    """As scripts do that lay out one schedule for many samples, after a run to the end and after one that was left."""
+    scheduler, x = made(name), torch.linspace(-1, 1, 6).reshape(2, 3)
+    scheduler.set_timesteps(5)
+    if begin is not None:
+        scheduler.set_begin_index(begin)
+    results = []
+    for length in (9, 1, 9):
+        state, scheduler._step_index = x, None
+        for t in scheduler.timesteps[begin:][:length]:
+            state = scheduler.step(state.cos(), t, state).prev_sample
+        results.append(state)
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("other", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_a_changed_state_is_gone_on_from(other):
     """As inpainting and callbacks do it. diffusers' UniPC corrects from the state before and so loses the change."""

@@ -249,6 +249,10 @@ class FlowScheduler(FlowConfig):
             raise ValueError(
                 f"{type(self).__name__}.step: set_timesteps must come first; got no schedule"
             )
+        if self._step_index is None:  # users' loops set it so to begin anew without set_timesteps
+            begin = self._begin_index
+            self._restart()
+            self._begin_index = begin
         index, calls = self._now(timestep), len(self._times.values())
         if index >= calls:
             raise IndexError(
