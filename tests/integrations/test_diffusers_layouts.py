@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,6 +177,9 @@ def test_assigned_and_changed_schedules():
     scheduler.sigmas = torch.tensor([1.0, 0.25, 0.0])
     scheduler.timesteps = torch.tensor([1000.0, 250.0])
     assert scheduler.step(x, 250.0, 0 * x).prev_sample.tolist() == [[-0.25, -0.25]]
+    scheduler.set_timesteps(4)
+    scheduler.sigmas, scheduler.timesteps = np.asarray([1.0, 0.5, 0.0]), [1000.0, 500.0]
+    assert scheduler.step(x, scheduler.timesteps[1], 0 * x).prev_sample.tolist() == [[-0.5, -0.5]]
     scheduler.set_timesteps(4)
     scheduler.sigmas[1] = 0.5
     scheduler.timesteps[1] = 777.0
