@@ -50,7 +50,7 @@ def caption_vectors(captions: Sequence[str], dim: int = 64) -> torch.Tensor:
         raise TypeError("captions: must be a sequence of strings")
     if dim < 1:
         raise ValueError(f"dim: must be at least 1; got {dim}")
-    vectors = torch.zeros(len(captions), dim, dtype=torch.float64)
+    vectors = torch.zeros(len(captions), dim, dtype=torch.float64, device="cpu")
     for row, caption in enumerate(captions):
         for feature, weight in _features(caption):
             digest = hashlib.blake2b(feature.encode(), digest_size=8).digest()

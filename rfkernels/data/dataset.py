@@ -141,7 +141,9 @@ class Dataset:
         rows = self.rows(index)
         captions = self.captions
         if captions is not None:
-            captions = tuple(captions[i] for i in torch.arange(self.size)[index].tolist())
+            captions = tuple(
+                captions[i] for i in torch.arange(self.size, device=index.device)[index].tolist()
+            )
         return Dataset(rows.x, rows.labels, self.name, captions)
 
 

@@ -170,7 +170,7 @@ def emoji(
         texts += sequences_of(texts, drawer.has_sequence)
     colour = (int(background[0]), int(background[1]), int(background[2]))
     pixels = np.stack([drawer.square(text, size, colour) for text in texts])
-    labels = torch.tensor([emoji_class(ord(text[0])) for text in texts])
+    labels = torch.tensor([emoji_class(ord(text[0])) for text in texts], device="cpu")
     captions = tuple(map(_caption, texts))
     return Dataset(
         torch.from_numpy(pixels).to(torch.float32) / 127.5 - 1.0, labels, "emoji", captions

@@ -113,7 +113,7 @@ class _Columns:
                     f"{name}: row {i}: {self.condition} must be a string or a whole number from 0; "
                     f"got {value!r}"
                 )
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
 
     def _sample(self, value: Any, where: str) -> np.ndarray:
         if not self._is_image:
@@ -140,7 +140,7 @@ class HuggingFaceData:
         self.num_classes = columns.num_classes
         if self.size == 0:
             raise ValueError(f"data: {name} holds no samples")
-        probe = self.rows(torch.tensor([0]))
+        probe = self.rows(torch.tensor([0], device="cpu"))
         self.sample_shape = tuple(probe.x.shape[1:])
         self.has_labels = probe.labels is not None
 
@@ -189,8 +189,8 @@ class HuggingFaceStream:
         self._states, self._firsts = kept["states"], kept["firsts"]
         if self.size == 0:
             raise ValueError(f"data: {name} holds no samples")
-        self._starts = torch.arange(0, self.size, block)
-        probe = self.rows(torch.tensor([0]))
+        self._starts = torch.arange(0, self.size, block, device="cpu")
+        probe = self.rows(torch.tensor([0], device="cpu"))
         self.sample_shape = tuple(probe.x.shape[1:])
         self.has_labels = probe.labels is not None
 

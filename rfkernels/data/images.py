@@ -76,11 +76,11 @@ class ImageFolder:
         self.sample_shape = (channels, image_size, image_size)
         parts = [file.relative_to(folder).parts for file in files]
         self.classes: tuple[str, ...] | None = None
-        labels = torch.zeros(len(files), dtype=torch.int64)
+        labels = torch.zeros(len(files), dtype=torch.int64, device="cpu")
         if all(len(p) > 1 for p in parts):
             self.classes = tuple(sorted({p[0] for p in parts}))
             number = {name: i for i, name in enumerate(self.classes)}
-            labels = torch.tensor([number[p[0]] for p in parts])
+            labels = torch.tensor([number[p[0]] for p in parts], device="cpu")
         self.files, self._labels = tuple(files), labels
         self.skipped: tuple[tuple[Path, str], ...] = ()
         if on_corrupt == "skip":

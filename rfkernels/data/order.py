@@ -36,7 +36,7 @@ def block_order(
     """
     place = torch.empty_like(starts)
     blocks = epoch_order(len(starts), seed=derive_seed(seed, "blocks"), epoch=epoch)
-    place[blocks] = torch.arange(len(starts))
+    place[blocks] = torch.arange(len(starts), device=starts.device)
     shuffled = rows[epoch_order(len(rows), seed=seed, epoch=epoch)]
     buffer = place[locate(starts, shuffled)] // mix
     return shuffled[torch.argsort(buffer, stable=True)]

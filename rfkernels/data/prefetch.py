@@ -74,7 +74,7 @@ class Prefetch:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, context, _begin_worker, (data,))
             self._read = _read_in_worker
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
         self._place, self._stride = -1, 0
         self._ahead: dict[tuple[int, int], list[Future[_Arrays]]] = {}
 

@@ -121,7 +121,7 @@ class TarShards:
         self.mix, self._caption_dim = mix, caption_dim
         self._cache, summaries = index_shards(self.shards, cache, frozenset(ignore))
         self._counts = [summary.samples for summary in summaries]
-        counts = torch.tensor(self._counts)
+        counts = torch.tensor(self._counts, device="cpu")
         self.size = int(counts.sum())
         first = self.shards[0]
         self.name = first.parent.resolve().name if len(self.shards) > 1 else first.stem
@@ -150,7 +150,7 @@ class TarShards:
         self.num_classes = num_classes
         if self._condition == "cls":
             self.num_classes = max(summary.classes for summary in filled)
-        probe = self.rows(torch.tensor([0]))
+        probe = self.rows(torch.tensor([0], device="cpu"))
         self.sample_shape = tuple(probe.x.shape[1:])
         self.has_labels = probe.labels is not None
 
@@ -229,7 +229,7 @@ class TarShards:
                 stream.close()
 
     def _locate(self, index: int) -> tuple[int, int]:
-        shard = int(locate(self._starts, torch.tensor([index])))
+        shard = int(locate(self._starts, torch.tensor([index], device="cpu")))
         return shard, index - int(self._starts[shard])
 
     def _index(self, shard: int) -> ShardIndex:
@@ -286,7 +286,7 @@ class TarShards:
             raise ValueError(
                 f"{self.where(int(index[odd]))}: {self._key} must be a number, as others"
             )
-        return torch.tensor(conditions, dtype=torch.int64)
+        return torch.tensor(conditions, dtype=torch.int64, device="cpu")
 
     def _choose_x(self, x: str | None) -> str:
         if x is not None:

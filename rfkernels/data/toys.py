@@ -94,4 +94,4 @@ def toy(name: str, size: int | None = None, seed: int = 0) -> Dataset | ToyStrea
         return stream
     if size < 1:
         raise ValueError(f"size: must be at least 1; got {size}")
-    return Dataset(*stream.rows(torch.arange(size)), name)
+    return Dataset(*stream.rows(torch.arange(size, device="cpu")), name)

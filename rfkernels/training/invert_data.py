@@ -130,5 +130,5 @@ def invert_data(
 
 def _labels(data: Data) -> torch.Tensor:
     """Every label, (N, ...), read a piece at a time since samples may come from files."""
-    pieces = torch.arange(data.size).split(1024)
+    pieces = torch.arange(data.size, device="cpu").split(1024)
     return torch.cat([data.rows(index).labels.cpu() for index in pieces])

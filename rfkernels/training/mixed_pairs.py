@@ -39,7 +39,10 @@ class MixedPairs(PairStore):
                 f"real: samples must have the shape of made's, {made.sample_shape}; got "
                 f"{real.sample_shape}"
             )
-        names = [sorted(s.stored(torch.zeros(1).long()).condition) for s in (made, real)]
+        names = [
+            sorted(s.stored(torch.zeros(1, dtype=torch.int64, device="cpu")).condition)
+            for s in (made, real)
+        ]
         if names[0] != names[1]:
             raise ValueError(f"real: conditions must be made's, {names[0]}; got {names[1]}")
         self._made, self._real, self._share = made, real, share
@@ -56,7 +59,7 @@ class MixedPairs(PairStore):
     @property
     def x1(self) -> torch.Tensor:
         """Every x1, (len, *sample_shape), in the order of the rows."""
-        return self.stored(torch.arange(len(self))).x1
+        return self.stored(torch.arange(len(self), device="cpu")).x1
 
     @property
     def labels(self) -> torch.Tensor | None:

@@ -80,7 +80,7 @@ def read_shard(file: Path, rows: range) -> dict[str, torch.Tensor]:
     if (
         index is None
         or "x1" not in tensors
-        or not torch.equal(index, torch.arange(rows.start, rows.stop))
+        or not torch.equal(index, torch.arange(rows.start, rows.stop, device="cpu"))
     ):
         raise ValueError(f"{file}: does not hold the pairs {rows.start} to {rows.stop - 1}")
     if any(len(value) != len(rows) for value in tensors.values()):

@@ -91,7 +91,7 @@ def agreed(flag: int) -> int:
     """The largest of the processes' flags; the flag itself alone."""
     if processes().count == 1:
         return flag
-    value = torch.tensor(flag)
+    value = torch.tensor(flag, device="cpu")
     dist.all_reduce(value, dist.ReduceOp.MAX, group=_control(dist.group.WORLD))
     return int(value)
 

@@ -58,11 +58,11 @@ class _Order:
         self, size: int | None, seed: int, first: int = 0, data: Data | None = None
     ) -> None:
         self.size, self.seed, self.first, self._data = size, seed, first, data
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def rows(self, start: int, count: int) -> torch.Tensor:
         if self.size is None:
-            return torch.arange(start, start + count) + self.first
+            return torch.arange(start, start + count, device="cpu") + self.first
         pieces = []
         while count > 0:
             epoch, row = divmod(start, self.size)
@@ -77,7 +77,9 @@ class _Order:
     def _permuted(self, epoch: int) -> torch.Tensor:
         if self._data is None:
             return epoch_order(self.size, seed=self.seed, epoch=epoch)
-        return part_order(self._data, torch.arange(self.size), seed=self.seed, epoch=epoch)
+        return part_order(
+            self._data, torch.arange(self.size, device="cpu"), seed=self.seed, epoch=epoch
+        )
 
 
 class DataSource:
@@ -156,7 +158,7 @@ class DataSource:
             return None
         sizes = [part.size for part in (self._held, self._held_from) if part and part.size]
         count = min([held_out_count(self.sample_shape), *sizes])
-        index = torch.arange(count)
+        index = torch.arange(count, device="cpu")
         x1, labels = self._rows(self._held, index if self._held.size else index + _FAR)
         condition = {} if labels is None or not self.conditional else {"y": labels}
         if self._held_from is None:
@@ -233,5 +235,6 @@ class PairSource:
         if not self._held:
             return None
         return self._pick(
-            self._train + torch.arange(min(self._held, held_out_count(self.sample_shape)))
+            self._train
+            + torch.arange(min(self._held, held_out_count(self.sample_shape)), device="cpu")
         )

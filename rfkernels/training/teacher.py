@@ -127,7 +127,7 @@ def pair_labels(teacher: Teacher, labels: torch.Tensor | None, count: int) -> to
         check_class_labels(teacher.model, labels)
         return labels
     if teacher.num_classes is not None:
-        return torch.arange(count) % teacher.num_classes
+        return torch.arange(count, device="cpu") % teacher.num_classes
     if teacher.conditional:
         raise ValueError(
             "labels: the teacher was trained with condition vectors; give one per pair"

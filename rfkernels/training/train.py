@@ -220,6 +220,6 @@ def describe_data(data: Data) -> dict[str, Any]:
 def _fingerprint(data: Data) -> str:
     """SHA-256 of up to 4096 evenly spaced rows, so that a run is not resumed on other data."""
     count = min(data.size, 4096)
-    rows = torch.arange(count) * (data.size - 1) // max(count - 1, 1)
+    rows = torch.arange(count, device="cpu") * (data.size - 1) // max(count - 1, 1)
     x, labels = data.rows(rows)
     return tensors_sha256({"x": x} if labels is None else {"x": x, "labels": labels})

@@ -92,7 +92,7 @@ def write_pairs(
         todo = _unfinished(name, folder, manifest, bar)
         if todo:
             # Arguments that cannot work are refused before anything is written.
-            solve(torch.zeros(1, dtype=torch.int64))
+            solve(torch.zeros(1, dtype=torch.int64, device="cpu"))
             on_first(lambda: _begin(name, folder, manifest, conditions, todo, bar))
         for done, number in enumerate(todo[here.rank :: here.count]):
             try:
@@ -198,7 +198,7 @@ def _make_shard(
 ) -> None:
     rows, pieces = shard_rows(manifest, number), []
     for first in range(rows.start, rows.stop, batch):
-        index = torch.arange(first, min(first + batch, rows.stop))
+        index = torch.arange(first, min(first + batch, rows.stop), device="cpu")
         piece = solve(index)
         if not all(torch.isfinite(value).all() for value in piece.values()):
             raise ValueError(
@@ -211,5 +211,5 @@ def _make_shard(
     stored = {
         f"condition.{key}": value[rows.start : rows.stop] for key, value in conditions.items()
     }
-    index = torch.arange(rows.start, rows.stop)
+    index = torch.arange(rows.start, rows.stop, device="cpu")
     write_tensors(shard_file(folder, number), {**made, "index": index, **stored})

@@ -10,7 +10,14 @@ from torch import nn
 import rfkernels as rf
 from rfkernels import models
 from rfkernels.data import Dataset, Rows, split, toy
-from rfkernels.training import TrainConfig, TrainingDivergedError, read_metrics, train_flow
+from rfkernels.training import (
+    ReflowConfig,
+    TrainConfig,
+    TrainingDivergedError,
+    read_metrics,
+    reflow,
+    train_flow,
+)
 from rfkernels.training.sources import DataSource
 
 SMALL = {
@@ -310,6 +317,22 @@ def test_grad_mode_of_the_caller():
     assert torch.equal(weights(quiet.model), weights(train_flow(network(), data(), small()).model))
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode"):
         train_flow(network(), data(), small())
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_default_device_does_not_matter(tmp_path, endless):
+    """Rows are counted on the CPU; with CUDA as the default device every run, and the pairs of a reflow, failed."""
+    expected, samples = train_flow(network(), toy("ring") if endless else data(), small()), data()
+    model = network()
+    with torch.device("meta"):
+        found = train_flow(
+            model, toy("ring") if endless else samples, small(), run=tmp_path / "run"
+        )
+        straight = reflow(
+            found, ReflowConfig(pairs=64, pair_steps=2, train=small()), run=tmp_path / "reflow"
+        )
+    assert torch.equal(weights(found.model), weights(expected.model))
+    assert straight.metrics[-1]["step"] == 12
 
 
 class Broken(nn.Module):
