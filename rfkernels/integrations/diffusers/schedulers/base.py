@@ -173,7 +173,7 @@ class FlowScheduler(FlowConfig):
 
     @sigmas.setter
     def sigmas(self, levels: torch.Tensor) -> None:
-        self._sigmas = Levels(torch.as_tensor(levels))
+        self._sigmas = Levels(levels)
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -182,7 +182,7 @@ class FlowScheduler(FlowConfig):
 
     @timesteps.setter
     def timesteps(self, times: torch.Tensor) -> None:
-        self._times = TimeTable(torch.as_tensor(times))
+        self._times = TimeTable(times)
 
     @property
     def shift(self) -> float:

@@ -13,7 +13,9 @@ _TOLERANCE = 1e-6  # of num_train_timesteps: a few units in the last place of a 
 
 
 def _counting(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that counts its changes, which those made in inference mode do not."""
+    """A tensor that counts its changes, which those made in inference mode do not; also of an array or a list."""
+    if not isinstance(tensor, torch.Tensor):
+        tensor = torch.as_tensor(tensor, device="cpu")
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
@@ -24,7 +26,7 @@ class HostCopy:
     """A 1-D tensor and its entries as Python numbers; copies and pickles of it are independent.
 
     Args:
-        tensor: on any device.
+        tensor: on any device; what users assign may be an array or a list.
         known: its entries, where they are on the host already; else they are read at first use.
     """
 
