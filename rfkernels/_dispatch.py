@@ -50,6 +50,7 @@ _modules: dict[tuple[str, str], ModuleType] = {}
 # Not peek_interpreter_stack: Dynamo hands that out as an object that is never None.
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.maybe_current_level
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _mode_depth = torch._C._len_torch_dispatch_stack
 _function_mode_depth = torch._C._len_torch_function_stack
 _tracing = torch._C._is_tracing
@@ -60,6 +61,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def transforms_active() -> bool:
     """True under vmap, torch.func transforms or a forward-mode level; only torch code may run then."""
     return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def batched(*tensors: object) -> bool:
+    """True in a backward for many gradients at once: under a transform, or by ``is_grads_batched``, which has no level."""
+    return transforms_active() or any(
+        isinstance(tensor, torch.Tensor) and _is_batched(tensor) for tensor in tensors
+    )
 
 
 def watched() -> bool:

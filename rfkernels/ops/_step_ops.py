@@ -6,19 +6,29 @@ scaling of the incoming one: the linear op again, which makes them differentiabl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rfkernels import _dispatch, _registry
+from rfkernels.backends.reference import ode_step as reference
 from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops._scalars import Scalar, join, split
 
 
-def _scaled(grad: torch.Tensor, factor: Scalar, dtype: torch.dtype) -> torch.Tensor:
-    """factor * grad in the given dtype, not rounded to a narrower one of grad on its way."""
-    number, tensor = split(factor)
-    wide = grad.to(torch.promote_types(grad.dtype, dtype))
-    scaled = linear_op(wide, [], number, tensor, [], [], 0.0, None, 0, None, 0, None, False)
-    return scaled if scaled.dtype == dtype else scaled.to(dtype)
+def combined(
+    grads: Sequence[torch.Tensor], factors: Sequence[Scalar], dtype: torch.dtype
+) -> torch.Tensor:
+    """The sum of factor * grad in the given dtype, not rounded to a narrower one of the grads on its way."""
+    wide, *others = grads
+    wide = wide.to(torch.promote_types(wide.dtype, dtype))
+    if _dispatch.batched(wide, *factors):
+        return reference.linear(wide, others, factors[0], factors[1:], None).to(dtype)
+    (number, *numbers), (tensor, *tensors) = zip(*map(split, factors), strict=True)
+    total = linear_op(
+        wide, others, number, tensor, numbers, tensors, 0.0, None, 0, None, 0, None, False
+    )
+    return total if total.dtype == dtype else total.to(dtype)
 
 
 def _euler_kernel(x, v, v_uncond, dt, dt_tensor, guidance, guidance_tensor):
@@ -52,8 +62,8 @@ class _Euler(torch.autograd.Function):
         need_x, need_v, need_u, *_ = ctx.needs_input_grad
         return (
             grad.to(x_dtype) if need_x else None,
-            _scaled(grad, v_factor, v_dtype) if need_v else None,
-            _scaled(grad, u_factor, u_dtype) if need_u else None,
+            combined((grad,), (v_factor,), v_dtype) if need_v else None,
+            combined((grad,), (u_factor,), u_dtype) if need_u else None,
             *(None,) * 4,
         )
 
@@ -106,7 +116,7 @@ class _Linear(torch.autograd.Function):
         factors = map(join, ctx.numbers, ctx.saved_tensors)
         needed = ctx.needs_input_grad[1 : 1 + len(ctx.dtypes)]
         grads = [
-            _scaled(grad, factor, dtype) if need else None
+            combined((grad,), (factor,), dtype) if need else None
             for factor, dtype, need in zip(factors, ctx.dtypes, needed, strict=True)
         ]
         return None, *grads, *(None,) * ctx.trailing

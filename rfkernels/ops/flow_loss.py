@@ -14,6 +14,7 @@ from rfkernels.backends.reference.precision import compute_dtype
 from rfkernels.ops import _checks
 from rfkernels.ops._first_derivative import first_derivatives
 from rfkernels.ops._scalars import Counter, join, split_counter
+from rfkernels.ops._step_ops import combined
 from rfkernels.ops.ode_step import linear_step
 
 KINDS = ("mse", "pseudo_huber", "pseudo_huber_elementwise")
@@ -221,11 +222,13 @@ def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
     grad, losses, weight = ctx.saved_tensors
     half = grad.dtype == torch.float16
     # The usual loss.backward() hands in 1, and on the CPU it costs nothing to see that.
+    many = _dispatch.batched(grad_value)
     unit = (
         not half
         and grad_value.is_cpu
         and grad_value.ndim == 0
         and _dispatch.plain(grad_value)
+        and not many
         and grad_value.item() == 1.0
     )
     if unit and wanted[0] and not any(wanted[1:]) and not torch.is_grad_enabled():
@@ -241,6 +244,8 @@ def _backward(ctx, grad_value, wanted) -> list[torch.Tensor | None]:
                 grads.append(None)
             elif unit and sign == 1.0:
                 grads.append(grad.to(dtype))
+            elif many:
+                grads.append(combined((grad,), (factor * sign,), dtype))
             else:
                 # A wider gradient is not rounded to the narrow type on its way.
                 wide = grad.to(torch.promote_types(grad.dtype, dtype))

@@ -17,7 +17,7 @@ from rfkernels.backends.reference import interpolate as reference
 from rfkernels.backends.reference.precision import compute_dtype, placed
 from rfkernels.ops import _checks
 from rfkernels.ops._scalars import Counter, Scalar, join, split, split_counter, wants_grad
-from rfkernels.ops._step_ops import linear_op
+from rfkernels.ops._step_ops import combined
 from rfkernels.ops.random import randn
 
 PATHS = ("linear", "trigonometric", "vp", "sub-vp")
@@ -219,34 +219,16 @@ class _Interpolate(torch.autograd.Function):
         arrived = [i for i, g in enumerate((grad_xt, grad_target)) if g is not None]
         if not arrived:
             return (None,) * (6 + ctx.rest)
-        first, *others = ((grad_xt, grad_target)[i] for i in arrived)
+        sent = [(grad_xt, grad_target)[i] for i in arrived]
         if ctx.path != "custom":
-            t = placed(join(ctx.t, t_tensor), ctx.compute, first.device)
+            t = placed(join(ctx.t, t_tensor), ctx.compute, sent[0].device)
             custom = reference.path_coefficients(ctx.path, t)
         alpha, sigma, dalpha, dsigma = custom
-        grads = []
         pairs = ((alpha, dalpha), (sigma, dsigma))
-        for need, dtype, pair in zip(ctx.needs_input_grad[:2], ctx.dtypes, pairs, strict=True):
-            if need:
-                factor, *factors = (pair[i] for i in arrived)
-                args = (
-                    first.to(torch.promote_types(first.dtype, dtype)),
-                    others,
-                    0.0,
-                    factor,
-                    [0.0] * len(others),
-                    factors,
-                    0.0,
-                    None,
-                    0,
-                    None,
-                    0,
-                    None,
-                    False,
-                )
-                grads.append(linear_op(*args).to(dtype))
-            else:
-                grads.append(None)
+        grads = [
+            combined(sent, [pair[i] for i in arrived], dtype) if need else None
+            for need, dtype, pair in zip(ctx.needs_input_grad[:2], ctx.dtypes, pairs, strict=True)
+        ]
         return *grads, *(None,) * (4 + ctx.rest)
 
 

@@ -169,3 +169,24 @@ def test_interpolate_refuses_one_tensor_for_both_outputs():
     x1, out = torch.randn(2, 3), torch.empty(2, 3)
     with pytest.raises(ValueError, match=r"interpolate: out must be two tensors"):
         rf.interpolate(x1, 0.5, seed=0, out=(out, out))
+
+
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_many_gradients_at_once(how):
+    """One backward for several incoming gradients, as vectorized Jacobians take it, found no batching rule."""
+    x, v = torch.randn(3, 2).requires_grad_(), torch.randn(3, 2).requires_grad_()
+    dt = torch.rand(3)
+    for value in (
+        rf.euler_step(x, v, dt),
+        rf.interpolate(x, dt, x0=v, path="vp").target,
+        rf.flow_loss(x, v),
+        rf.flow_loss(x.half(), v, weight=dt, reduction="none"),
+    ):
+
+        def back(grad, value=value, **options):
+            return torch.autograd.grad(value, (x, v), grad, retain_graph=True, **options)
+
+        many = torch.randn(4, *value.shape)
+        found = torch.vmap(back)(many) if how == "vmap" else back(many, is_grads_batched=True)
+        for together, *alone in zip(found, *map(back, many), strict=True):
+            torch.testing.assert_close(together, torch.stack(alone))
