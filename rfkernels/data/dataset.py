@@ -191,6 +191,7 @@ class Subset:
 
     def _whole(self, index: torch.Tensor) -> torch.Tensor:
         """Indices of the whole; a variant stays one."""
+        index = index.to(self.index.device)
         return self.index[index % self.size] + (self.data.size or 0) * (index // self.size)
 
 

@@ -201,10 +201,12 @@ def _parts(data: Data, holdout: float, seed: int, device: torch.device) -> tuple
     """The training and held-out part; a small set moves to the accelerator once."""
     if data.size is None:
         return data, data if holdout else None
+    train, held = split_rows(data.size, holdout, seed)
     if isinstance(data, Dataset) and data.x.numel() * 4 <= _RESIDENT:
         labels = None if data.labels is None else data.labels.to(device)
         data = Dataset(data.x.to(device, torch.float32), labels, data.name)
-    train, held = split_rows(data.size, holdout, seed)
+        # Their numbers too, else every step would wait for the copy of its own.
+        train, held = train.to(device), held.to(device)
     return Subset(data, train), Subset(data, held) if len(held) else None
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rfkernels.data import Prefetch, as_dataset, load_image_folder
 from rfkernels.training import TrainConfig
@@ -54,6 +55,35 @@ def test_held_out_samples_of_two_streams_are_apart():
     assert (held.x0 - held.x1).abs().min() > 2**60
     held = source(Numbers(), "given").held_out()
     assert torch.equal(held.x0, held.x1)
+
+
+class Mixed(TorchFunctionMode):
+    """Counts look-ups by numbers that lie on another device than what they number."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor):
+            self.count += args[0].device != args[1].device
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_on_a_set_on_the_accelerator_copies_no_numbers_there():
+    """The host would wait for the copy, and so for all that the device has to do before."""
+    found = DataSource(
+        as_dataset((X, torch.arange(200))),
+        x0=as_dataset(X),
+        coupling="independent",
+        seed=3,
+        holdout=0.2,
+        conditional=True,
+        device=torch.device("meta"),
+    )
+    found.draw(0, 32)  # of every epoch the order is copied once
+    with Mixed() as mixed:
+        drawn = found.draw(32, 32)
+    assert drawn.x1.is_meta
+    assert mixed.count == 0
 
 
 def test_read_ahead_mirrored_images_are_no_given_coupling_of_others(tmp_path):
