@@ -190,3 +190,14 @@ def test_many_gradients_at_once(how):
         found = torch.vmap(back)(many) if how == "vmap" else back(many, is_grads_batched=True)
         for together, *alone in zip(found, *map(back, many), strict=True):
             torch.testing.assert_close(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("dt", [1e300, -1e39, 2**70])
+def test_numbers_that_float32_does_not_hold(dt):
+    """They are infinite or rounded in the kernels; the reference and vmap refused them."""
+    x = torch.ones(2, 3)
+    expected = x + torch.tensor(float(dt), dtype=torch.float64).float() * x
+    assert torch.equal(rf.euler_step(x, x, dt), expected)
+    assert torch.equal(torch.vmap(lambda x: rf.euler_step(x, x, dt))(x), expected)
+    with rf.use_backend("reference"):
+        assert torch.equal(rf.linear_step(x, (x,), (dt,)), expected)

@@ -20,7 +20,10 @@ def placed(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device
     a CUDA graph cannot hold either."""
     if isinstance(value, torch.Tensor):
         return value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
+    try:
+        return torch.full((), value, dtype=dtype, device=device)
+    except (RuntimeError, OverflowError):  # full refuses what a conversion rounds to infinity
+        return torch.full((), float(value), dtype=torch.float64, device=device).to(dtype)
 
 
 def scalar_like(value: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
