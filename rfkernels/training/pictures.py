@@ -91,7 +91,7 @@ def image_grid(x: torch.Tensor) -> torch.Tensor | None:
     columns = math.ceil(math.sqrt(len(x)))
     rows = math.ceil(len(x) / columns)
     count, channels, height, width = x.shape
-    padded = torch.full((rows * columns, channels, height, width), -1.0)
+    padded = torch.full((rows * columns, channels, height, width), -1.0, device=x.device)
     padded[:count] = x
     pixels = ((padded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     picture = pixels.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)

@@ -65,3 +65,12 @@ def test_steps_that_a_run_cannot_take(tmp_path):
     assert pictures(tmp_path / "run").isfinite().all()
     with pytest.raises(ValueError, match=r"train.sample_every: a student of the way back"):
         DistillConfig(reverse=True, train=small())
+
+
+def test_a_default_device_does_not_matter(tmp_path):
+    """The picture was laid out on it, and no file can be written from there."""
+    model = models.build("mlp", seed=0, sample_shape=(1, 4, 4), width=8, depth=1)
+    config = TrainConfig(steps=1, batch_size=4, sample_every=1)
+    with torch.device("meta"):
+        train_flow(model, torch.zeros(8, 1, 4, 4, device="cpu"), config, run=tmp_path / "run")
+    assert load_file(tmp_path / "run" / "samples" / "step-1.safetensors")["x"].isfinite().all()
