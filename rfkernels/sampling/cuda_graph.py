@@ -163,7 +163,8 @@ def _capture(
     # Autocast's copies of the weights live as long as it does: the graph must make its own, and nobody
     # else may use those.
     torch.clear_autocast_cache()
-    with torch.cuda.graph(graph):
+    # Of this device: torch's own stream for captures is of the first one's, where nothing of this is seen.
+    with torch.cuda.graph(graph, stream=stream):
         solution = solver.integrate(*build(static))
     torch.clear_autocast_cache()
     return _Captured(graph, static, solution)

@@ -241,7 +241,7 @@ def test_a_capture_under_autocast_casts_the_weights_itself(monkeypatch):
     for name in ("Stream", "CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: casts)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream: casts)
     monkeypatch.setattr(cuda_graph, "_refuse", lambda *_: None)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         sample(lambda x, t: layer(x), rf.randn(5, 3, seed=1), steps=2, compile="cudagraph")
@@ -249,6 +249,22 @@ def test_a_capture_under_autocast_casts_the_weights_itself(monkeypatch):
         with casts:
             layer(torch.ones(3))
         assert casts.count == 2  # not a copy in the graph's memory
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_device(monkeypatch):
+    """On torch's own, which stays on the device of the first capture, a second device's work went by uncaptured."""
+    made, taken = [], []
+    for name in ("CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(mock.MagicMock()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    graph = lambda _, stream=None: contextlib.nullcontext(taken.append(stream))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(cuda_graph, "_refuse", lambda *_: None)
+    for _ in range(2):
+        sample(lambda x, t: -x, rf.randn(5, 3, seed=1), steps=2, compile="cudagraph")
+    assert len(made) == 2
+    assert taken == made
 
 
 def test_a_graph_is_made_on_the_device_of_the_samples(monkeypatch, captured):
