@@ -79,8 +79,8 @@ bool asked_torch() {
   return backend && !backend.is_none() && PyUnicode_CompareWithASCIIString(backend.ptr(), "native") != 0;
 }
 
-// Whether something besides the numbers matters to a call: rfkernels._dispatch.watched() without its compiler, which
-// never comes here, or a forced backend other than native.
+// Whether something besides the numbers matters to a call: rfkernels._dispatch.watched() without torch.compile, which
+// never comes here (torch.export does, with tensors that are not plain), or a forced backend other than native.
 bool watched() {
   const bool found = asked_torch();
   if (PyErr_Occurred() == nullptr) return found;

@@ -148,6 +148,7 @@ rfk_scalar Call::scalar(py::handle object, const char* name) {
   if (source.ndim == 1 && (count_ == 0 || tensors_[0].ndim == 0 || tensors_[0].shape[0] != source.shape[0])) {
     throw py::value_error(std::string(op_) + ": " + name + " must have one value per sample");
   }
+  check_memory(source, name);
   const int64_t stride = source.ndim == 0 ? 0 : source.strides != nullptr ? source.strides[0] : 1;
   return {0.0, static_cast<char*>(source.data) + source.byte_offset, stride, dtype};
 }
@@ -170,6 +171,7 @@ rfk_noise Call::noise(py::handle seed, py::handle offset) {
     if (source.ndim == 1 && (count_ == 0 || tensors_[0].ndim == 0 || tensors_[0].shape[0] != source.shape[0])) {
       throw py::value_error(std::string(op_) + ": " + name + " must have one value per sample");
     }
+    check_memory(source, name);
     *data = reinterpret_cast<const int64_t*>(static_cast<const char*>(source.data) + source.byte_offset);
     *stride = source.ndim == 0 ? 0 : source.strides != nullptr ? source.strides[0] : 1;
     if (source.ndim == 1) result.per_sample = 1;
@@ -177,6 +179,13 @@ rfk_noise Call::noise(py::handle seed, py::handle offset) {
   read(seed, "seed", &result.seed, &result.seed_data, &result.seed_stride);
   read(offset, "offset", &result.offset, &result.offset_data, &result.offset_stride);
   return result;
+}
+
+// A null pointer would say that the number itself was given.
+void Call::check_memory(const dlpack::Tensor& source, const char* name) {
+  if (source.data == nullptr && (source.ndim == 0 || source.shape[0] > 0)) {
+    throw py::value_error(std::string(op_) + ": " + name + " has elements but no memory");
+  }
 }
 
 void Call::check_device(const dlpack::Device& device, const char* name) {

@@ -62,6 +62,7 @@ class Call {
  private:
   const rfk_tensor* view(py::handle object, const char* name, bool boolean);
   void check_device(const dlpack::Device& device, const char* name);
+  void check_memory(const dlpack::Tensor& source, const char* name);
   [[noreturn]] void fail(rfk_status status) const;
 
   static constexpr int kMaxTensors = 14;

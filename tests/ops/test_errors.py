@@ -331,3 +331,16 @@ def test_numpy_scalars_and_other_floats_are_numbers():
         assert torch.equal(rf.euler_step(X, V, dt), expected)
     assert torch.equal(rf.randn(5, seed=np.int64(7)), rf.randn(5, seed=7))
     assert torch.equal(rf.randn(np.int64(5), seed=7), rf.randn(5, seed=7))
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_freed_scalars_and_seeds_are_no_zeros(shape):
+    pytest.importorskip("rfkernels._C", exc_type=ImportError)
+    x, freed, seed = torch.ones(3, 2), torch.ones(shape), torch.ones(shape, dtype=torch.int64)
+    freed.untyped_storage().resize_(0)
+    seed.untyped_storage().resize_(0)
+    with rf.use_backend("native"):
+        with pytest.raises(ValueError, match="dt has elements but no memory"):
+            rf.euler_step(x, x, freed)
+        with pytest.raises(ValueError, match="seed has elements but no memory"):
+            rf.randn(3, 2, seed=seed)
