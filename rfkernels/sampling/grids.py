@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
 from rfkernels.flow.times import time_shift
+from rfkernels.sampling.constant import constant
 
 
 @runtime_checkable
@@ -179,15 +178,3 @@ def _plain(value: Any) -> Any:
     if _is_number(value):
         return constant(value)
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def constant(value: float) -> float:
-    """The number itself where torch.compile put a symbol in its place.
-
-    Kernel calls take constants, and what was computed from symbols may miss those by a rounding.
-    """
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-        return guard_scalar(value)
-    return value

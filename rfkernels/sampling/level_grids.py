@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rfkernels.sampling.grids import ShiftedGrid, constant, get_grid
+from rfkernels.sampling.constant import constant
+from rfkernels.sampling.grids import ShiftedGrid, get_grid
 
 __all__ = [
     "BetaGrid",

@@ -22,7 +22,7 @@ from torch import Tensor
 from rfkernels._whole_file import write_json_whole
 from rfkernels.sampling.adams import AB2
 from rfkernels.sampling.arguments import check_callable, check_samples
-from rfkernels.sampling.grids import constant
+from rfkernels.sampling.constant import constant
 from rfkernels.sampling.guidance import Guidance
 from rfkernels.sampling.sample import sample
 

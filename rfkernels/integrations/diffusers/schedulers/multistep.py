@@ -18,7 +18,7 @@ from rfkernels.integrations.diffusers.schedulers.config import (
 )
 from rfkernels.integrations.diffusers.schedulers.kept import Kept, KeptOutput
 from rfkernels.sampling import multistep as rules
-from rfkernels.sampling.grids import constant
+from rfkernels.sampling.constant import constant
 
 AB2 = "ab2"
 ALGORITHMS = (AB2, DPM, UNIPC)
