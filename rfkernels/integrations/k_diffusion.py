@@ -244,7 +244,8 @@ def sample_rf_ab2(
     run = _Run("sample_rf_ab2", model, x, sigmas, extra_args, callback, disable)
     last, previous = None, None
     for i, sigma, after in run.intervals():
-        denoised = run.denoised(x, sigma, *(last or ())[1:2])
+        kept = () if last is None else (last[1],)
+        denoised = run.denoised(x, sigma, *kept)
         run.report(i, x, denoised)
         now, *then = rules.ab2(after - sigma, previous)
         terms = [(x, denoised, sigma, now)] + [(*last, step) for step in then]

@@ -19,6 +19,11 @@ def describe(value: object) -> str:
     return repr(value)
 
 
+def single(value: object, conversion: str) -> bool:
+    """Whether a value of another library is one number; arrays have ``conversion``, too, whatever they hold."""
+    return hasattr(value, conversion) and not getattr(value, "shape", ())
+
+
 def tensor(op: str, name: str, value: object) -> None:
     """A floating point tensor of a supported dtype."""
     if not isinstance(value, torch.Tensor):
@@ -71,12 +76,7 @@ def scalar(op: str, name: str, value: object, x: torch.Tensor) -> Scalar:
         value, bool
     ):
         return value
-    # An array has __float__ and __index__ whatever it holds.
-    if (
-        isinstance(value, (bool, str, bytes))
-        or not hasattr(value, "__float__")
-        or getattr(value, "shape", ())
-    ):
+    if isinstance(value, (bool, str, bytes)) or not single(value, "__float__"):
         raise TypeError(
             f"{op}: {name} must be a float, a 0-d or a (B,) tensor; got {type(value).__name__}"
         )
@@ -107,11 +107,7 @@ def counter(op: str, name: str, value: object, x: torch.Tensor | None) -> Counte
                 raise ValueError(f"{op}: {name} must be on {x.device}; got {value.device}")
         return value
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        if (
-            isinstance(value, bool)
-            or not hasattr(value, "__index__")
-            or getattr(value, "shape", ())
-        ):
+        if isinstance(value, bool) or not single(value, "__index__"):
             raise TypeError(
                 f"{op}: {name} must be an int or an int64 tensor; got {type(value).__name__}"
             )
@@ -204,8 +200,7 @@ def shape(op: str, sizes: Sequence[object]) -> torch.Size:
         sizes = sizes[0]
     for size in sizes:
         if isinstance(size, bool) or not (
-            isinstance(size, (int, torch.SymInt))
-            or (hasattr(size, "__index__") and not getattr(size, "shape", ()))
+            isinstance(size, (int, torch.SymInt)) or single(size, "__index__")
         ):
             raise TypeError(f"{op}: shape must be ints; got {size!r}")
         if size < 0:

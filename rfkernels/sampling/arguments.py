@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rfkernels._dispatch import transforms_active
 from rfkernels.ops._checks import FLOATS
+from rfkernels.sampling.constant import constant
 from rfkernels.sampling.field import Field
-from rfkernels.sampling.grids import check_times, constant, get_grid
+from rfkernels.sampling.grids import check_times, get_grid
 from rfkernels.sampling.guidance import ClassifierFree, Guidance
 from rfkernels.sampling.nested import leaves
 from rfkernels.sampling.run import Solver
@@ -93,7 +94,7 @@ def check_seed(caller: str, seed: int | Tensor, x: Tensor) -> int | Tensor:
                 f"got shape {tuple(seed.shape)}"
             )
         return seed.to(x.device)
-    seed = _integer(caller, "seed", seed, "an int or an int64 tensor")
+    seed = check_integer(caller, "seed", seed, "an int or an int64 tensor")
     if not 0 <= seed < 2**63:
         raise ValueError(f"{caller}: seed must be in [0, 2**63); got {seed}")
     return seed
@@ -101,7 +102,7 @@ def check_seed(caller: str, seed: int | Tensor, x: Tensor) -> int | Tensor:
 
 def check_steps(caller: str, steps: object) -> int:
     """An integer from 1, bool excepted."""
-    steps = _integer(caller, "steps", steps, "an integer")
+    steps = check_integer(caller, "steps", steps, "an integer")
     if steps < 1:
         raise ValueError(f"{caller}: steps must be at least 1; got {steps}")
     return steps
@@ -189,7 +190,8 @@ def requires_grad(*values: Any) -> bool:
     return any(isinstance(v, Tensor) and v.requires_grad for v in leaves(values))
 
 
-def _integer(caller: str, name: str, value: object, rule: str) -> int:
+def check_integer(caller: str, name: str, value: object, rule: str) -> int:
+    """An integer of any library's, bool excepted; ``rule`` says what it must be."""
     if not isinstance(value, bool):
         with contextlib.suppress(TypeError):  # what is none, and arrays of several
             return operator.index(value)

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rfkernels.sampling.grids import constant
+from rfkernels.ops._checks import single
+from rfkernels.sampling.constant import constant
 
 __all__ = [
     "SLACK",
@@ -95,11 +96,8 @@ def check_number(owner: str, name: str, value: object) -> None:
         return
     if type(value) in (int, float):
         value = constant(value)
-    else:
-        # No array of several.
-        single = hasattr(value, "__float__") and not getattr(value, "ndim", 0)
-        if isinstance(value, (bool, str, Tensor)) or not single:
-            raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
+    elif isinstance(value, (bool, str, Tensor)) or not single(value, "__float__"):
+        raise TypeError(f"{owner}: {name} must be a number; got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{owner}: {name} must be finite; got {value}")
 

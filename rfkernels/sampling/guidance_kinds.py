@@ -222,7 +222,7 @@ def _ratio(top: Tensor, bottom: Tensor, otherwise: float) -> Tensor:
     """top / bottom, ``otherwise`` where bottom is 0, with gradients of 0 instead of NaN there."""
     there = bottom > 0
     bottom = torch.where(there, bottom, 1.0).clamp(min=torch.finfo(bottom.dtype).tiny)
-    return torch.where(there, torch.where(there, top, otherwise) / bottom, otherwise)
+    return torch.where(there, top / bottom, otherwise)
 
 
 def _root(square: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rfkernels.integrations.diffusers.editing.published import CFG
+from rfkernels.sampling.arguments import check_integer
 
 __all__ = ["Family"]
 
@@ -127,12 +128,11 @@ class Family:
             ("height", "width"), (height, width), _sides(image), strict=True
         ):
             side = own - own % self.multiple if given is None else given
-            if isinstance(side, bool) or not hasattr(side, "__index__"):
-                raise TypeError(f"edit: {name} must be an integer; got {type(side).__name__}")
+            side = check_integer("edit", name, side, "an integer")
             if side < 1 or side % self.multiple:
                 got = f"a picture of {own}" if given is None else side
                 raise ValueError(f"edit: {name} must be a multiple of {self.multiple}; got {got}")
-            sides.append(int(side))
+            sides.append(side)
         pixels = self.preprocess(image, *sides)
         if pixels.shape[1] != 3:
             raise ValueError(
