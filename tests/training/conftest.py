@@ -1,8 +1,14 @@
 """The networks of these tests are so small that a second thread only costs; one thread also fixes
 their bits."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# Tests are imported one by one (importlib mode), so a folder's own helpers need its path.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
