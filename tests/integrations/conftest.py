@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import rfkernels as rf
 
@@ -36,9 +35,3 @@ def kernel() -> Iterator[Kernel]:
         counter = Kernel(backend)
         rf.attention_stats(reset=True)
         yield counter
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """|found - expected| / |expected|, in float64."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm())

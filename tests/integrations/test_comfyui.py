@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative
+from relative_error import relative
 
 from rfkernels.integrations import comfyui
 

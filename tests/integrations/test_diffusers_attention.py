@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative
+from relative_error import relative
 
 pytest.importorskip(
     "diffusers", minversion="0.42", reason="needs diffusers 0.42, whose models the table is of"

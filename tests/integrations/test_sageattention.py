@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative
+from relative_error import relative
 
 import rfkernels as rf
 from rfkernels.integrations.sageattention import sageattn, sageattn_varlen

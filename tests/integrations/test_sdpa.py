@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative
+from relative_error import relative
 
 import rfkernels as rf
 from rfkernels import integrations, models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from relative_error import relative
 
 from rfkernels.integrations import set_precision
 from rfkernels.integrations import transformers as rft
